@@ -1,0 +1,168 @@
+"""The settings of a training run: one flat dataclass, read from a TOML file and the command line."""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from runtime import nearest
+
+DEFAULT_CONFIG = Path(__file__).with_name("configs") / "shakespeare.toml"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings; without a config file or flag each has the default shown, that of GPT-2 124M."""
+
+    data: str = "data/shakespeare"
+    """Folder of token shards, made by prepare_data.py."""
+    run_name: str = "run"
+    """The run is written to out/<run_name>/."""
+    init_from: str = "scratch"
+    """"scratch", or a Hugging Face name ("gpt2") or local folder whose weights to start from."""
+    resume: bool = False
+    """Continue the run from its newest checkpoint."""
+    seed: NonNegativeInt = 1337
+    """Of initial weights, dropout and the order of the data."""
+
+    n_layer: NonNegativeInt = 0
+    """Blocks; 0: 12, or as loaded."""
+    n_head: NonNegativeInt = 0
+    """Attention heads; 0: 12, or as loaded."""
+    n_embd: NonNegativeInt = 0
+    """Width, channels; 0: 768, or as loaded."""
+    block_size: NonNegativeInt = 0
+    """Context, tokens; 0: 1024, or as loaded. Loaded weights can be cut shorter."""
+    dropout: ClosedUnitInterval = 0.0
+    """Share of activations dropped in training."""
+    initializer_range: PositiveFloat = 0.02
+    """Standard deviation of fresh weights; GPT-2's 0.02 suits widths of 768 and more."""
+
+    batch_size: PositiveInt = 16
+    """Windows of block_size tokens per process and micro-step, at most; what fits the memory."""
+    total_batch_size: PositiveInt = 524288
+    """Tokens per step over all processes; the accumulation steps follow from it."""
+    max_steps: PositiveInt = 19073
+    """Optimizer steps of the whole run."""
+    learning_rate: PositiveFloat = 6e-4
+    """Peak learning rate, after the warm-up."""
+    min_learning_rate: NonNegativeFloat = 6e-5
+    """Learning rate at the end."""
+    warmup_steps: NonNegativeInt = 715
+    """Steps over which the learning rate rises to its peak."""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """How it falls after that; wsd: level, then linear over the last fifth of the run."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Of matrices, embeddings among them."""
+    beta1: ClosedUnitInterval = 0.9
+    """AdamW's decay of the mean of gradients."""
+    beta2: ClosedUnitInterval = 0.95
+    """AdamW's decay of the mean of squared gradients."""
+    grad_clip: NonNegativeFloat = 1.0
+    """Largest gradient norm; 0: no clipping."""
+
+    eval_interval: NonNegativeInt = 250
+    """Steps between evaluations; 0: only at the end."""
+    eval_tokens: NonNegativeInt = 0
+    """Validation tokens per evaluation, always the same ones; 0: all."""
+    checkpoint_interval: NonNegativeInt = 1000
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: PositiveInt = 2
+    """Checkpoints kept, the newest ones."""
+    log_interval: NonNegativeInt = 10
+    """Steps between lines of metrics; 0: only at the end."""
+    wandb_project: str = ""
+    """Weights & Biases project to send metrics to; empty: none."""
+
+    device: str = "auto"
+    """"auto" (CUDA, MPS or CPU, the first there is), "cpu", "cuda", "cuda:1" or "mps"."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of matrix products; auto: the fastest that trains well on the device."""
+    compile: bool = True
+    """Compile the model with torch.compile; where no compiler works, a warning and eager."""
+    verify_data: bool = True
+    """Check the SHA-256 of every shard at the start."""
+
+    def __post_init__(self) -> None:
+        if self.dropout == 1 or self.beta1 == 1 or self.beta2 == 1:
+            raise ValueError("dropout, beta1 and beta2 must be below 1")
+        if Path(self.run_name).name != self.run_name or self.run_name in ("", ".", ".."):
+            raise ValueError(f"run_name {self.run_name!r} must be a plain folder name")
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+
+    def save(self, path: Path, notes: list[str]) -> None:
+        """Write every setting as a config file that train.py reads, under notes as comments."""
+        comments = "".join(f"# {note}\n" for note in notes)
+        values = "".join(f"{name} = {json.dumps(value)}\n" for name, value in dataclasses.asdict(self).items())
+        path.write_text(comments + values, encoding="utf-8")  # plain JSON values are TOML values
+
+
+def parse_config(argv: list[str]) -> TrainConfig:
+    """The settings of `train.py [CONFIG.toml] [--key value ...]`; a flag overrides the file.
+
+    Bad usage prints one sentence and exits with code 2.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="train.py",
+        usage="%(prog)s [CONFIG.toml] [--key value ...]",
+        description=f"Train a GPT. Without CONFIG.toml: configs/{DEFAULT_CONFIG.name}.",
+        parser_mode="toml",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help=argparse.SUPPRESS)
+    parser.add_class_arguments(TrainConfig)
+    file, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (str(DEFAULT_CONFIG), argv)
+    for i, flag in enumerate(flags):  # --resume alone means --resume true
+        if flag in SWITCHES and (i + 1 == len(flags) or flags[i + 1].startswith("-")):
+            flags = [*flags[:i], f"{flag}=true", *flags[i + 1 :]]
+    try:
+        if not Path(file).is_file():
+            recipes = [path.name for path in DEFAULT_CONFIG.parent.glob("*.toml")]
+            raise ValueError(f"there is no config file {file}{nearest(Path(file).name, recipes)}")
+        values = parser.parse_args(["--config", file, *flags])
+        del values["config"]
+        return TrainConfig(**values)
+    except (ValueError, argparse.ArgumentError) as error:
+        sys.stderr.write(f"error: {_one_sentence(str(error), file)}\n")
+        sys.exit(2)
+
+
+FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
+SWITCHES = [f"--{field.name}" for field in dataclasses.fields(TrainConfig) if field.type is bool]
+KINDS = {
+    "PositiveInt": "a whole number above 0",
+    "NonNegativeInt": "a whole number, 0 or more",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number, 0 or more",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "<class 'str'>": "text in quotes",
+    "<class 'bool'>": "true or false",
+}
+
+
+def _one_sentence(message: str, file: str) -> str:
+    """The parser's message as one line: the setting, what it must be, the nearest name for an unknown one."""
+    message = " ".join(message.split())
+    if match := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([^\s=]+)", message):
+        key = match[1] or match[2]
+        return f"there is no setting {key}{nearest(key, FIELDS)} (train.py --help lists them)"
+    if match := re.match(r'Parser key "(\w+)": (?:Not of type|Expected an?) (.+?)(?:[:.] (.*)|$)', message):
+        setting, kind, rest = match.groups(default="")
+        kind = KINDS.get(kind, kind.replace("typing.Literal", "one of "))
+        got = re.search(r"Got value: (.*)|base 10: (.*)|to float: (.*)|^(\S+) does not conform", rest)
+        return (
+            f"{setting} must be {kind}, not {next(filter(None, got.groups()))}" if got else f"{setting} must be {kind}"
+        )
+    return message.replace("Problems parsing config:", f"{file} is not valid TOML:")

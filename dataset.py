@@ -1,0 +1,250 @@
+"""Token shards: write them, check them, read them as windows in a fixed shuffled order.
+
+A shard has the layout of llm.c (dev/data/data_common.py there): 256 little-endian int32 (magic, version,
+number of tokens, zeros), then the ids, uint16 or uint32 after the magic.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+HEADER_INTS = 256
+FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, ids)
+SHARD_TOKENS = 100_000_000
+
+
+def write_shards(
+    directory: Path, split: str, documents: Iterable[np.ndarray], vocab_size: int, shard_tokens: int = SHARD_TOKENS
+) -> list[dict]:
+    """Write the documents of a split, one after the other, as `<split>_000000.bin` and on.
+
+    Args:
+        documents: arrays of ids, each beginning with `<|endoftext|>`; they may run over a shard's end.
+        vocab_size: decides the width of the ids.
+
+    Returns:
+        for each shard its `file`, number of `tokens` and `sha256`, for meta.json.
+    """
+    magic = 20240520 if vocab_size <= 2**16 else 20240801
+    entries: list[dict] = []
+    waiting: list[np.ndarray] = []
+    n_waiting = 0
+
+    def flush(n_tokens: int) -> None:
+        nonlocal waiting, n_waiting
+        ids = np.concatenate(waiting)
+        waiting, n_waiting = [ids[n_tokens:]], len(ids) - n_tokens
+        name = f"{split}_{len(entries):06d}.bin"
+        digest = _write_shard(directory / name, ids[:n_tokens], magic)
+        entries.append({"file": name, "tokens": n_tokens, "sha256": digest})
+
+    for ids in documents:
+        waiting.append(ids.astype(FORMATS[magic][1]))
+        n_waiting += len(ids)
+        while n_waiting >= shard_tokens:
+            flush(shard_tokens)
+    if n_waiting:
+        flush(n_waiting)
+    return entries
+
+
+def _write_shard(path: Path, ids: np.ndarray, magic: int) -> str:
+    version, dtype = FORMATS[magic]
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = magic, version, len(ids)
+    content = header.tobytes() + ids.astype(dtype).tobytes()
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def read_meta(directory: str | Path) -> dict:
+    """The meta.json of a data folder.
+
+    Raises:
+        ValueError: the folder or the file is missing or is not one of ours.
+    """
+    path = Path(directory) / "meta.json"
+    if not path.is_file():
+        raise ValueError(f"there is no data at {directory} ({path.name} is missing); make it with prepare_data.py")
+    try:
+        meta = json.loads(path.read_text())
+        assert isinstance(meta["tokenizer"], str) and isinstance(meta["vocab_size"], int)
+        for split in ("train", "val"):
+            for entry in meta["shards"][split]:
+                assert isinstance(entry["file"], str) and entry["file"] == Path(entry["file"]).name
+                assert isinstance(entry["tokens"], int) and isinstance(entry["sha256"], str)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"{path} is not a description of token shards; make the data again with prepare_data.py"
+        ) from error
+    return meta
+
+
+def open_shard(path: Path, tokens: int | None = None, sha256: str | None = None) -> np.ndarray:
+    """The ids of a shard, mapped from disk and read as they are used.
+
+    Args:
+        tokens: how many there must be, if known.
+        sha256: the sum that the whole file must have, if it is to be checked.
+
+    Raises:
+        ValueError: a missing, foreign, truncated or altered file, by name.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; make the data again with prepare_data.py")
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if len(header) < HEADER_INTS or FORMATS.get(int(header[0]), (None,))[0] != header[1]:
+        raise ValueError(f"{path} is not a token shard (its header is not that of llm.c's layout)")
+    dtype, n_tokens = FORMATS[int(header[0])][1], int(header[2])
+    size = path.stat().st_size
+    if size != 4 * HEADER_INTS + n_tokens * dtype.itemsize:
+        raise ValueError(f"{path} is truncated or too long: {size} bytes, with {n_tokens} tokens in its header")
+    if tokens is not None and n_tokens != tokens:
+        raise ValueError(f"{path} holds {n_tokens} tokens, meta.json says {tokens}; make the data again")
+    if sha256 is not None:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise ValueError(f"{path} was altered since it was made (its SHA-256 is not that of meta.json)")
+    if n_tokens == 0:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", offset=4 * HEADER_INTS, shape=(n_tokens,))
+
+
+class TokenDataset:
+    """The windows of one split: `block_size` tokens each and the token after, side by side.
+
+    A window never runs over a shard's end, so each shard's last few tokens (fewer than a window) are
+    left out of training; `tail` gives them to evaluation.
+
+    Raises:
+        ValueError: a bad shard, an id outside the vocabulary, or fewer tokens than one window.
+    """
+
+    def __init__(self, directory: str | Path, split: str, block_size: int, verify: bool = True):
+        meta = read_meta(directory)
+        self.block_size = block_size
+        self.shards = []
+        for entry in meta["shards"][split]:
+            path = Path(directory) / entry["file"]
+            shard = open_shard(path, entry["tokens"], entry["sha256"] if verify else None)
+            if verify and len(shard) and int(shard.max()) >= meta["vocab_size"]:
+                raise ValueError(f"{path} holds the id {shard.max()}, outside the vocabulary of {meta['vocab_size']}")
+            self.shards.append(shard)
+        # The first window's number in each shard, and their count at the end.
+        counts = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]
+        self.starts = np.cumsum([0, *counts])
+        if len(self) == 0:
+            n = sum(map(len, self.shards))
+            raise ValueError(
+                f"the {split} split of {directory} has {n} tokens, fewer than one window of block_size + 1 = "
+                f"{block_size + 1}; use a smaller block_size or more text"
+            )
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def windows(self, numbers: np.ndarray) -> np.ndarray:
+        """The windows of these numbers, int64 (len(numbers), block_size + 1)."""
+        shards = np.searchsorted(self.starts, numbers, side="right") - 1
+        begins = (numbers - self.starts[shards]) * self.block_size
+        return np.stack([self.shards[s][b : b + self.block_size + 1].astype(np.int64) for s, b in zip(shards, begins)])
+
+    def tails(self) -> list[np.ndarray]:
+        """What each shard holds after its last whole window, where that is something to predict."""
+        begins = np.diff(self.starts) * self.block_size
+        return [shard[b:].astype(np.int64) for shard, b in zip(self.shards, begins) if len(shard) - b > 1]
+
+
+def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """Where a pseudo-random permutation of range(n) sends these positions, in O(1) memory.
+
+    A Feistel network over the smallest even number of bits that holds n, walked on until it falls below
+    n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 4).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(6, np.uint64)
+    out = positions.astype(np.uint64)
+    todo = np.ones(len(out), dtype=bool)
+    while todo.any():
+        left, right = out[todo] >> half, out[todo] & mask
+        for key in keys:
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # the round function: a multiplicative hash
+            mixed ^= mixed >> np.uint64(29)
+            mixed *= np.uint64(0xBF58476D1CE4E5B9)
+            left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
+        out[todo] = (left << half) | right
+        todo = out >= n
+    return out.astype(np.int64)
+
+
+def training_batches(
+    dataset: TokenDataset, *, seed: int, consumed: int, step_windows: int, batch_size: int, rank: int, world_size: int
+) -> Iterator[np.ndarray]:
+    """One process's micro-batches, without end: int64 (batch_size, block_size + 1).
+
+    The run sees the windows `consumed`, `consumed + 1`, ... of an endless sequence of shuffled epochs,
+    `step_windows` a step; of each step a process takes its contiguous share. So the sequence does not
+    depend on the number of processes, nor on `batch_size`, and `consumed` alone says where a run is.
+    """
+    share = step_windows // world_size
+    while True:
+        for first in range(consumed + rank * share, consumed + (rank + 1) * share, batch_size):
+            epochs, positions = np.divmod(np.arange(first, first + batch_size), len(dataset))
+            numbers = np.empty_like(positions)
+            for epoch in np.unique(epochs):
+                here = epochs == epoch
+                numbers[here] = permute(positions[here], len(dataset), seed, int(epoch))
+            yield dataset.windows(numbers)
+        consumed += step_windows
+
+
+def evaluation_batches(
+    dataset: TokenDataset, *, batch_size: int, max_tokens: int, rank: int, world_size: int
+) -> Iterator[np.ndarray]:
+    """One process's share of a split, in order, each token predicted once: (batch_size, block_size + 1).
+
+    The last window of a shard and the last batch are filled up with -1 to keep one shape.
+
+    Args:
+        max_tokens: stop after about this many tokens, rounded up to a window; 0: the whole split.
+    """
+    n = len(dataset)
+    tails = dataset.tails()
+    if max_tokens:
+        n, tails = min(n, -(-max_tokens // dataset.block_size)), []
+    mine = range(rank, n + len(tails), world_size)
+    for i in range(0, len(mine), batch_size):
+        numbers = np.array(mine[i : i + batch_size])
+        batch = np.full((batch_size, dataset.block_size + 1), -1)
+        whole = numbers[numbers < n]
+        if len(whole):
+            batch[: len(whole)] = dataset.windows(whole)
+        for row, number in enumerate(numbers[len(whole) :], start=len(whole)):
+            tail = tails[number - n]
+            batch[row, : len(tail)] = tail
+        yield batch
+
+
+def to_device(batches: Iterator[np.ndarray], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (B, T) on the device, the next batch made by a thread while this one is used."""
+
+    def load() -> Tensor | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        tensor = torch.from_numpy(batch)
+        return tensor.pin_memory() if device.type == "cuda" else tensor
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        coming = pool.submit(load)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(load)
+            batch = batch.to(device, non_blocking=True)
+            yield batch[:, :-1].clamp(min=0), batch[:, 1:]  # filler is never a target, any id will do as input
