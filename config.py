@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -91,6 +92,9 @@ class TrainConfig:
     """Check the SHA-256 of every shard at the start."""
 
     def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, not {value}")
         if self.dropout == 1 or self.beta1 == 1 or self.beta2 == 1:
             raise ValueError("dropout, beta1 and beta2 must be below 1")
         if Path(self.run_name).name != self.run_name or self.run_name in ("", ".", ".."):
@@ -103,8 +107,10 @@ class TrainConfig:
     def save(self, path: Path, notes: list[str]) -> None:
         """Write every setting as a config file that train.py reads, under notes as comments."""
         comments = "".join(f"# {note}\n" for note in notes)
-        values = "".join(f"{name} = {json.dumps(value)}\n" for name, value in dataclasses.asdict(self).items())
-        path.write_text(comments + values, encoding="utf-8")  # plain JSON values are TOML values
+        # Plain JSON values are TOML values, but for surrogate escapes and a bare DEL.
+        pairs = [(name, json.dumps(value, ensure_ascii=False)) for name, value in dataclasses.asdict(self).items()]
+        values = "".join(f"{name} = {value}\n" for name, value in pairs).replace("\x7f", "\\u007f")
+        path.write_text(comments + values, encoding="utf-8")
 
 
 def parse_config(argv: list[str]) -> TrainConfig:
@@ -131,9 +137,14 @@ def parse_config(argv: list[str]) -> TrainConfig:
         if not Path(file).is_file():
             recipes = [path.name for path in DEFAULT_CONFIG.parent.glob("*.toml")]
             raise ValueError(f"there is no config file {file}{nearest(Path(file).name, recipes)}")
+        if any(flag.partition("=")[0] == "--config" for flag in flags):
+            raise ValueError("there is no setting config; name the config file first, without a flag")
         values = parser.parse_args(["--config", file, *flags])
         del values["config"]
         return TrainConfig(**values)
+    except UnicodeDecodeError:
+        sys.stderr.write(f"error: {file} is not UTF-8\n")
+        sys.exit(2)
     except (ValueError, argparse.ArgumentError) as error:
         sys.stderr.write(f"error: {_one_sentence(str(error), file)}\n")
         sys.exit(2)
@@ -161,7 +172,7 @@ def _one_sentence(message: str, file: str) -> str:
     if match := re.match(r'Parser key "(\w+)": (?:Not of type|Expected an?) (.+?)(?:[:.] (.*)|$)', message):
         setting, kind, rest = match.groups(default="")
         kind = KINDS.get(kind, kind.replace("typing.Literal", "one of "))
-        got = re.search(r"Got value: (.*)|base 10: (.*)|to float: (.*)|^(\S+) does not conform", rest)
+        got = re.search(r"Got value: (.*)|base 10: (.*)|to float: (.*)|^(\S+) (?:does not conform|not an? )", rest)
         return (
             f"{setting} must be {kind}, not {next(filter(None, got.groups()))}" if got else f"{setting} must be {kind}"
         )

@@ -10,7 +10,7 @@ import math
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,14 @@ ACTIVATIONS = {
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,
+}
+
+# openai-gpt's config.json can say no more than this; its "gelu" is our gelu_new.
+GPT1_VALUES = {
+    "n_inner": (None,),
+    "activation": ("gelu_new", "relu", "silu", "swish"),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
 }
 
 
@@ -55,15 +63,28 @@ class GPTConfig:
     vocab_multiple: int = 64  # rows of the embedding are padded to this; never seen outside
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type
+            right = isinstance(value, (int, float) if kind is float else kind)
+            if not right or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{field.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_inner is not None and self.n_inner < 1:
+            raise ValueError(f"n_inner is {self.n_inner}; it must be at least 1")
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+        for name, values in GPT1_VALUES.items():
+            if self.post_norm and getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; with post_norm it must be one of {values}")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -263,22 +284,16 @@ class GPT(nn.Module):
         stored = config_from_hf(_read_json(config_path))
         if block_size is not None and block_size > stored.block_size:
             raise ValueError(f"block_size {block_size} is more than the {stored.block_size} positions of {name_or_dir}")
-        config = replace(stored, block_size=block_size or stored.block_size, **overrides)
+        config = replace(stored, block_size=stored.block_size if block_size is None else block_size, **overrides)
         with torch.device("meta"):
             model = cls(config)
 
         source = _open_weights(name_or_dir, revision)
-        wanted = {ours: _hf_name(ours, config) for ours in model.state_dict()}
+        keys = {ours: _hf_name(ours, config).removeprefix("transformer.") for ours in model.state_dict()}
+        tied_head = None
         if config.tie_word_embeddings:
-            del wanted["lm_head.weight"]
-            if "lm_head.weight" in source and not torch.equal(
-                source["lm_head.weight"](), source[wanted["wte.weight"].removeprefix("transformer.")]()
-            ):
-                raise ValueError(
-                    f"{name_or_dir}: lm_head.weight differs from the embedding that config.json ties it to"
-                )
-            source.pop("lm_head.weight", None)
-        keys = {ours: theirs.removeprefix("transformer.") for ours, theirs in wanted.items()}
+            del keys["lm_head.weight"]
+            tied_head = source.pop("lm_head.weight", None)
         if missing := sorted(set(keys.values()) - set(source)):
             raise ValueError(f"{name_or_dir} lacks the tensor {missing[0]} ({len(missing)} missing)")
         if extra := sorted(set(source) - set(keys.values())):
@@ -290,9 +305,7 @@ class GPT(nn.Module):
             tensor = source[keys[ours]]()
             if not tensor.is_floating_point():
                 raise ValueError(f"{name_or_dir}: {keys[ours]} has dtype {tensor.dtype}, which is no floating point")
-            if _is_conv1d(ours):
-                tensor = tensor.t()
-            expected = list(shapes[ours])
+            expected = list(reversed(shapes[ours]) if _is_conv1d(ours) else shapes[ours])
             if ours == "wpe.weight":
                 expected[0] = stored.block_size
             elif ours in ("wte.weight", "lm_head.weight"):
@@ -301,6 +314,11 @@ class GPT(nn.Module):
                 raise ValueError(
                     f"{name_or_dir}: {keys[ours]} has shape {tuple(tensor.shape)}, config.json wants {tuple(expected)}"
                 )
+            if ours == "wte.weight" and tied_head and not torch.equal(tied_head().to(tensor.dtype), tensor):
+                raise ValueError(
+                    f"{name_or_dir}: lm_head.weight differs from the embedding that config.json ties it to"
+                )
+            tensor = tensor.t() if _is_conv1d(ours) else tensor
             dtype = dtype or tensor.dtype
             parameter = torch.zeros(shapes[ours], dtype=dtype, device=device)
             rows = min(len(parameter), len(tensor))
@@ -371,7 +389,7 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
     """The GPTConfig of a parsed config.json. A key that is absent has transformers' default.
 
     Raises:
-        ValueError: another model type, or a field that GPTConfig does not represent.
+        ValueError: another model type, a field that GPTConfig does not represent, or a wrong value.
     """
     kind = hf.get("model_type")
     if kind not in ("gpt2", "openai-gpt"):
@@ -383,7 +401,7 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
     activation = hf.get("afn", "gelu") if gpt1 else hf.get("activation_function", "gelu_new")
     if gpt1 and activation == "gelu":
         activation = "gelu_new"  # GPT-1's code calls the tanh form "gelu"
-    if activation not in ACTIVATIONS:
+    if activation not in tuple(ACTIVATIONS):  # a tuple: JSON's lists have no hash
         field = "afn" if gpt1 else "activation_function"
         raise ValueError(f"config.json sets {field} to {activation!r}; supported are {', '.join(ACTIVATIONS)}")
     try:
@@ -403,8 +421,8 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
             eos_token_id=hf.get("eos_token_id", None if gpt1 else 50256),
             initializer_range=hf.get("initializer_range", 0.02),
         )
-    except TypeError as error:
-        raise ValueError(f"config.json has a value of the wrong type: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"config.json: {error}") from error
 
 
 def config_to_hf(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -480,7 +498,10 @@ def _open_weights(name_or_dir: str | Path, revision: str | None) -> dict[str, Ca
             paths = [path]
             break
         if index := _find(name_or_dir, f"{single}.index.json", revision):
-            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            weight_map = _read_json(index).get("weight_map")
+            if not weight_map or not isinstance(weight_map, dict) or {type(v) for v in weight_map.values()} != {str}:
+                raise ValueError(f"{index} has no weight_map from tensors to files")
+            shards = sorted(set(weight_map.values()))
             found = {shard: _find(name_or_dir, shard, revision) for shard in shards}
             for shard, path in found.items():
                 if path is None:
@@ -493,7 +514,8 @@ def _open_weights(name_or_dir: str | Path, revision: str | None) -> dict[str, Ca
     for path in paths:
         for key, read in _open_file(path).items():
             name = key.removeprefix("transformer.").replace(".gamma", ".weight").replace(".beta", ".bias")
-            if not name.endswith((".attn.bias", ".attn.masked_bias")):  # stored causal masks
+            # Causal masks, and GPT-1's position numbers, which older versions of transformers stored.
+            if name != "position_ids" and not name.endswith((".attn.bias", ".attn.masked_bias")):
                 source[name] = read
     return source
 

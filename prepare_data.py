@@ -85,14 +85,15 @@ def own_text(paths: list[Path], tokenizer: str, name: str, val_share: float, see
         ValueError: a path is not there, or a file is not UTF-8 or is empty.
     """
     encoder = load_tokenizer(tokenizer)
-    files = [file for path in paths for file in text_files(path)]
+    files = list({file.resolve(): file for path in paths for file in text_files(path)}.values())
     if len(files) == 1:
         whole = read_text(files[0])
         cut = round(len(whole) * (1 - val_share))
         splits = {"train": [whole[:cut]], "val": [whole[cut:]]}
     else:
         order = np.random.default_rng(seed).permutation(len(files))
-        held_out = set(order[: max(1, round(len(files) * val_share))].tolist())
+        n_held_out = min(max(1, round(len(files) * val_share)), len(files) - 1)
+        held_out = set(order[:n_held_out].tolist())
         splits = {
             "train": (read_text(file) for i, file in enumerate(files) if i not in held_out),
             "val": (read_text(file) for i, file in enumerate(files) if i in held_out),
@@ -158,8 +159,10 @@ def write_data(name: str, tokenizer: Tokenizer, splits: dict[str, Iterable[str]]
         about: what meta.json says of where they come from.
 
     Raises:
-        ValueError: data of that name is there already, or a split has no token.
+        ValueError: data of that name is there already, or it is no plain folder name.
     """
+    if Path(name).name != name or name in ("", ".."):
+        raise ValueError(f"{name!r} is not a plain folder name; give one with --name")
     folder = Path("data") / name
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it, or give another name with --name")
@@ -176,7 +179,7 @@ def write_data(name: str, tokenizer: Tokenizer, splits: dict[str, Iterable[str]]
     (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     partial.rename(folder)
     for split, entries in shards.items():
-        print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens in {len(entries)} shards")
+        print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
 
 
 if __name__ == "__main__":

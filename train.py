@@ -92,7 +92,7 @@ def train(cfg: TrainConfig) -> None:
     model.train()
     while step < cfg.max_steps:
         # Dropout is a function of the seed, the step and the process, so a resumed run draws the same.
-        torch.manual_seed((cfg.seed * 1_000_003 + step) * 65_537 + rt.rank)
+        torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + rt.rank) % 2**63)
         learning_rate = learning_rate_at(
             step,
             schedule=cfg.schedule,
@@ -107,8 +107,9 @@ def train(cfg: TrainConfig) -> None:
         loss = torch.zeros((), device=rt.device)
         for micro_step in range(accumulation_steps):
             inputs, targets = next(batches)
-            with synchronised_if(parallel, micro_step == accumulation_steps - 1), autocast:
-                micro_loss = (parallel or forward)(inputs, targets)[1] / accumulation_steps
+            with synchronised_if(parallel, micro_step == accumulation_steps - 1):
+                with autocast:
+                    micro_loss = (parallel or forward)(inputs, targets)[1] / accumulation_steps
                 scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
         scaler.unscale_(optimizer)

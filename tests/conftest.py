@@ -1,0 +1,56 @@
+"""What several test files use."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import write_shards
+from tokenizer import load_tokenizer
+
+TINY = """
+run_name = "tiny"
+n_layer = 2
+n_head = 2
+n_embd = 32
+block_size = 32
+batch_size = 8
+total_batch_size = 512
+max_steps = 12
+learning_rate = 1e-2
+warmup_steps = 2
+dropout = 0.0
+eval_interval = 6
+checkpoint_interval = 4
+keep_checkpoints = 9
+log_interval = 1
+device = "cpu"
+dtype = "float32"
+compile = false
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to run in, with a small corpus of bytes at data/shakespeare and a config tiny.toml."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data" / "shakespeare"
+    folder.mkdir(parents=True)
+    tokenizer = load_tokenizer("bytes")
+    rng = np.random.default_rng(0)
+    words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler", "in", "mind"]
+    text = {split: " ".join(rng.choice(words, n)) for split, n in (("train", 4000), ("val", 500))}
+    shards = {
+        split: write_shards(folder, split, [np.array([256, *tokenizer.encode(text[split])])], 257) for split in text
+    }
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "shards": shards}))
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return tmp_path

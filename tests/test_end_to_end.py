@@ -1,0 +1,192 @@
+"""The scripts as users run them, on a corpus small enough for seconds."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import checkpoints, load_state
+from config import parse_config
+from model import GPT
+from train import split_batch, train
+
+ROOT = Path(__file__).parent.parent
+
+
+def metrics(run: str) -> list[dict]:
+    return [json.loads(line) for line in (Path("out") / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run: str, key: str = "train_loss") -> list[float]:
+    return [line[key] for line in metrics(run) if key in line]
+
+
+def script(*args: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=env, timeout=240)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def run_tiny(*flags: str) -> None:
+    train(parse_config(["tiny.toml", *flags]))
+
+
+def test_train_then_sample(workplace: Path) -> None:
+    done = script(ROOT / "train.py", "tiny.toml")
+    assert "on cpu" in done.stdout and "in float32" in done.stdout
+    assert "tok/s" in done.stderr and "loss" in done.stderr, "the progress line shows speed and loss"
+    lines = metrics("tiny")
+    assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, 13))
+    assert [line["step"] for line in lines if "val_loss" in line] == [6, 12]
+    assert all(line["tokens"] == 512 * line["step"] for line in lines)
+    assert curve("tiny")[0] == pytest.approx(math.log(257), abs=0.2)
+    assert curve("tiny", "val_loss")[-1] < curve("tiny")[0] - 1
+
+    first = script(ROOT / "sample.py", "--prompt", "to be", "--max_new_tokens", 40, "--seed", 7)
+    again = script(ROOT / "sample.py", "--prompt", "to be", "--max_new_tokens", 40, "--seed", 7)
+    assert first.stdout.startswith("to be") and len(first.stdout) > 20
+    assert first.stdout == again.stdout
+    assert "step_00000012" in first.stderr, "without --model the newest run is used, and named"
+
+
+def test_validation_loss_is_that_of_every_held_out_token(workplace: Path) -> None:
+    run_tiny("--max_steps", "2")
+    model = GPT.from_pretrained(checkpoints(Path("out/tiny"))[-1], dtype=torch.float64)
+    ids = torch.frombuffer(
+        bytearray(Path("data/shakespeare/val_000000.bin").read_bytes()[1024:]), dtype=torch.uint16
+    ).long()
+    total, block_size = 0.0, model.config.block_size
+    for begin in range(0, len(ids) - 1, block_size):
+        window = ids[begin : begin + block_size + 1]
+        logits = model(window[None, :-1])[0][0]
+        total -= logits.log_softmax(-1).gather(1, window[1:, None]).sum().item()
+    assert curve("tiny", "val_loss")[-1] == pytest.approx(total / (len(ids) - 1), abs=1e-5)
+
+
+def test_existing_run_is_never_overwritten(workplace: Path) -> None:
+    run_tiny("--max_steps", "2", "--warmup_steps", "1")
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    done = script(ROOT / "train.py", "tiny.toml", check=False)
+    assert done.returncode == 1 and "--resume" in done.stderr and "--run_name" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+def test_resume_continues_exactly(workplace: Path) -> None:
+    """Bit for bit on one CPU process, dropout included."""
+    flags = ["--dropout", "0.2"]
+    run_tiny(*flags, "--run_name", "whole")
+    run_tiny(*flags, "--run_name", "parts")
+    for path in checkpoints(Path("out/parts"))[1:]:  # as if killed after step 4 and before step 8
+        for file in path.iterdir():
+            file.unlink()
+    run_tiny(*flags, "--run_name", "parts", "--resume")
+    timing = ("tokens_per_sec", "mfu")
+    assert [{k: v for k, v in line.items() if k not in timing} for line in metrics("whole")] == [
+        {k: v for k, v in line.items() if k not in timing} for line in metrics("parts")
+    ]
+    whole, parts = (checkpoints(Path("out") / run)[-1] for run in ("whole", "parts"))
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    assert torch.equal(
+        load_state(whole)["optimizer"]["state"][0]["exp_avg"], load_state(parts)["optimizer"]["state"][0]["exp_avg"]
+    )
+
+
+def test_processes_and_accumulation_give_one_curve(workplace: Path) -> None:
+    run_tiny("--run_name", "one")
+    run_tiny("--run_name", "accumulated", "--batch_size", "2")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", "tiny.toml"]
+    script(*torchrun, "--run_name", "two", "--batch_size", "4")
+    for run in ("accumulated", "two"):
+        assert curve(run) == pytest.approx(curve("one"), abs=1e-5)
+        assert curve(run, "val_loss") == pytest.approx(curve("one", "val_loss"), abs=1e-5)
+        assert curve(run, "grad_norm") == pytest.approx(curve("one", "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8, 64])
+def test_published_recipes_split_over_any_number_of_gpus(world_size: int) -> None:
+    for path in sorted((ROOT / "configs").glob("gpt2_*.toml")):
+        windows, batch_size, steps = split_batch(parse_config([str(path)]), 1024, world_size)
+        assert windows == batch_size * steps * world_size == 512
+
+
+def test_batch_that_does_not_divide_is_refused(workplace: Path) -> None:
+    for flags in (["--total_batch_size", "500"], ["--batch_size", "7"]):
+        with pytest.raises(ValueError, match=r"does not divide .* would"):
+            run_tiny(*flags)
+        assert not Path("out/tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--data", "data/none"], "there is no data at data/none"),
+        (["--block_size", "100000"], "fewer than one window"),
+        (["--device", "tpu"], "is not one of auto"),
+        (["--init_from", "nowhere"], "nowhere has no config.json"),
+        (["--n_head", "3"], "n_embd 32 is not a multiple of n_head 3"),
+    ],
+)
+def test_bad_input_is_one_sentence(workplace: Path, flags: list[str], expected: str) -> None:
+    Path("nowhere").mkdir()
+    done = script(ROOT / "train.py", "tiny.toml", *flags, check=False)
+    assert done.returncode == 1 and expected in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not Path("out").exists()
+
+
+def test_damaged_shard_is_refused_before_training(workplace: Path) -> None:
+    shard = Path("data/shakespeare/train_000000.bin")
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train_000000.bin was altered"):
+        run_tiny()
+    assert not Path("out").exists()
+
+
+def test_start_from_loaded_weights(workplace: Path) -> None:
+    run_tiny("--max_steps", "2")
+    source = str(checkpoints(Path("out/tiny"))[-1])
+    Path("fine.toml").write_text(f'init_from = "{source}"\nrun_name = "fine"\n')
+    common = ["--total_batch_size", "512", "--max_steps", "2", "--warmup_steps", "0", "--compile", "false"]
+    train(
+        parse_config(
+            ["fine.toml", *common, "--block_size", "16", "--learning_rate", "1e-9", "--min_learning_rate", "0"]
+        )
+    )
+    assert curve("fine", "val_loss")[-1] == pytest.approx(curve("tiny", "val_loss")[-1], abs=0.3)
+    with pytest.raises(ValueError, match="n_layer 2, the settings 3"):
+        train(parse_config(["fine.toml", *common, "--run_name", "other", "--n_layer", "3"]))
+
+
+def test_every_id_decodes_at_the_end_of_a_long_prompt(workplace: Path) -> None:
+    run_tiny("--max_steps", "2")
+    done = script(ROOT / "sample.py", "--prompt", "é" * 100, "--max_new_tokens", 8)
+    assert "longer than the context; its last 32 tokens are used" in done.stderr
+    assert done.stdout.startswith("é" * 100)
+
+
+def test_greedy_sampling_ignores_the_seed(workplace: Path) -> None:
+    run_tiny("--max_steps", "2")
+    texts = {script(ROOT / "sample.py", "--temperature", 0, "--seed", s, "--max_new_tokens", 20).stdout for s in (1, 2)}
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"), [(["--top_p", "0"], 2), (["--temperature", "-1"], 2), (["--model", "nowhere"], 1), ([], 1)]
+)
+def test_sample_bad_input(workplace: Path, flags: list[str], code: int) -> None:
+    done = script(ROOT / "sample.py", *flags, check=False, HF_HUB_OFFLINE="1")
+    assert done.returncode == code and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.gpu
+def test_trains_on_cuda_in_bfloat16_compiled(workplace: Path) -> None:
+    run_tiny("--device", "cuda", "--dtype", "auto", "--compile", "true")
+    assert curve("tiny", "val_loss")[-1] < curve("tiny")[0] - 1

@@ -1,0 +1,119 @@
+"""Learning-rate schedules, parameter groups and the optimizer's arithmetic."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from model import GPT, GPTConfig
+from optim import learning_rate_at, make_optimizer, parameter_groups
+
+QUICK = settings(max_examples=50, deadline=None)
+SCHEDULES = ["cosine", "linear", "wsd"]
+RUN = {"max_steps": 1000, "warmup_steps": 200, "learning_rate": 6e-4, "min_learning_rate": 6e-5}
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> dict[str, Any]:
+    max_steps = draw(st.integers(1, 300))
+    peak = draw(st.floats(1e-8, 1.0))
+    return {
+        "max_steps": max_steps,
+        "warmup_steps": draw(st.integers(0, max_steps)),
+        "learning_rate": peak,
+        "min_learning_rate": peak * draw(st.floats(0.0, 1.0)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"),  # of the way from the peak to the minimum, at each quarter of the decay
+    [
+        ("cosine", [1.0, 0.8535533905932737, 0.5, 0.14644660940672627, 0.0]),
+        ("linear", [1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("wsd", [1.0, 1.0, 1.0, 1.0, 0.0]),
+    ],
+)
+def test_decay_at_quarters(schedule: str, shares: list[float]) -> None:
+    for quarter, share in enumerate(shares):
+        rate = learning_rate_at(200 + 200 * quarter, schedule=schedule, **RUN)
+        assert rate == pytest.approx(6e-5 + share * 5.4e-4, rel=1e-12)
+
+
+def test_wsd_falls_in_a_line_over_the_last_fifth() -> None:
+    rates = [learning_rate_at(step, schedule="wsd", **RUN) for step in range(1001)]
+    assert set(rates[200:801]) == {6e-4}
+    assert rates[850] == pytest.approx(6e-5 + 0.75 * 5.4e-4)
+    assert rates[900] == pytest.approx(6e-5 + 0.5 * 5.4e-4)
+    assert rates[1000] == pytest.approx(6e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(run=runs())
+@QUICK
+def test_warm_up_is_a_line_to_the_peak(schedule: str, run: dict[str, Any]) -> None:
+    warmup, peak = run["warmup_steps"], run["learning_rate"]
+    rates = [learning_rate_at(step, schedule=schedule, **run) for step in range(warmup)]
+    assert rates == pytest.approx([peak * i / warmup for i in range(1, warmup + 1)])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(run=runs())
+@QUICK
+def test_after_the_warm_up_it_falls_from_the_peak_to_the_minimum(schedule: str, run: dict[str, Any]) -> None:
+    warmup, end = run["warmup_steps"], run["max_steps"]
+    rates = [learning_rate_at(step, schedule=schedule, **run) for step in range(warmup, end + 1)]
+    if warmup < end:
+        assert rates[0] == pytest.approx(run["learning_rate"])
+        assert rates[-1] == pytest.approx(run["min_learning_rate"])
+    slack = 1e-12 * run["learning_rate"]
+    assert all(later <= earlier + slack for earlier, later in itertools.pairwise(rates))
+    assert all(rate >= run["min_learning_rate"] - slack for rate in rates)
+
+
+def small_gpt() -> GPT:
+    return GPT(GPTConfig(block_size=4, vocab_size=11, n_layer=2, n_head=2, n_embd=8))
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
+    model = small_gpt()
+    groups = parameter_groups(model, weight_decay=0.1)
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay_of) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        matrix = name.endswith("weight") and ".ln_" not in name and not name.startswith("ln_")
+        assert decay_of[id(parameter)] == (0.1 if matrix else 0.0), name
+
+
+def test_tied_weights_are_updated_once() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    assert [len(group["params"]) for group in parameter_groups(model, weight_decay=0.1)] == [1, 0]
+
+
+def test_optimizer_steps_are_those_of_the_paper() -> None:
+    """AdamW (Loshchilov and Hutter, 2019, algorithm 2), by hand in Python's float64, three steps."""
+    rate, decay, beta1, beta2, eps = 0.02, 0.3, 0.9, 0.95, 1e-8
+    model = nn.Linear(3, 2).double()
+    optimizer = make_optimizer(model, rate, decay, beta1, beta2)
+    start = {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
+    gradients = {name: torch.randn(3, p.numel(), dtype=torch.float64).tolist() for name, p in model.named_parameters()}
+    for step in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.tensor(gradients[name][step], dtype=torch.float64).view_as(parameter)
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        for i, value in enumerate(start[name]):
+            mean = square = 0.0
+            for step in range(3):
+                g = gradients[name][step][i]
+                mean = beta1 * mean + (1 - beta1) * g
+                square = beta2 * square + (1 - beta2) * g * g
+                value -= rate * decay * value if name == "weight" else 0.0
+                corrected = mean / (1 - beta1 ** (step + 1)), square / (1 - beta2 ** (step + 1))
+                value -= rate * corrected[0] / (math.sqrt(corrected[1]) + eps)
+            assert parameter.detach().flatten()[i].item() == pytest.approx(value, rel=1e-9)

