@@ -9,7 +9,7 @@ import json
 import math
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -96,6 +96,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
@@ -105,12 +106,17 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: "Past | None" = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, head_dim) each
+        mask = None
+        if past is not None:
+            k, v = past.update(self.layer, k, v)  # (B, n_head, S, head_dim)
+            mask = past.mask
+        dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0, scale=self.scale
+            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=self.scale
         )
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, n_embd)
         return self.resid_dropout(self.c_proj(y))
@@ -142,12 +148,89 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: "Past | None" = None) -> Tensor:
         if self.post_norm:
-            x = self.ln_1(x + self.attn(x))
+            x = self.ln_1(x + self.attn(x, past))
             return self.ln_2(x + self.mlp(x))
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in fixed buffers; `GPT.forward` reads and fills it.
+
+    Rows may have seen different numbers of tokens: after a pass over rows padded on the right, set `length`
+    to the true ones. What padding wrote lies beyond them, is never attended to, and is overwritten.
+
+    Args:
+        config: of the model.
+        batch_size: rows.
+        max_len: tokens that fit.
+        static: attend over the whole buffer, masked, so that every step has the same shapes and can be
+            compiled; else only over the part in use.
+
+    Attributes:
+        k, v: (n_layer, batch_size, n_head, max_len, head_dim).
+        length: tokens seen, int64 (batch_size,).
+        extent: no row has seen more; known without asking the device, and kept only if not static.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        max_len: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        static: bool = False,
+    ):
+        shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.extent = 0
+        self.static = static
+
+    def past(self, T: int) -> "Past":
+        """What a pass over T more tokens of each row needs.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        max_len = self.k.shape[3]
+        if not self.static and self.extent + T > max_len:
+            raise ValueError(f"{T} tokens after {self.extent} do not fit a cache of {max_len}")
+        positions = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
+        if not self.static and self.extent == 0:
+            return Past(self.k, self.v, positions, None)  # plain causal attention among the new tokens
+        keys = torch.arange(max_len if self.static else self.extent + T, device=self.length.device)
+        return Past(self.k, self.v, positions, (keys <= positions[..., None])[:, None])
+
+    def advance(self, T: int) -> None:
+        self.length += T
+        if not self.static:
+            self.extent += T
+
+
+@dataclass(frozen=True)
+class Past:
+    """The cache as one pass sees it."""
+
+    k: Tensor  # (n_layer, B, n_head, max_len, head_dim)
+    v: Tensor
+    positions: Tensor  # of the new tokens, int64 (B, T)
+    mask: Tensor | None  # which of the first S keys each new token attends to, (B, 1, T, S)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values (B, n_head, T, head_dim); those to attend to (B, n_head, S, head_dim)."""
+        where = self.positions[:, None, :, None].expand_as(k)
+        self.k[layer].scatter_(2, where, k)
+        self.v[layer].scatter_(2, where, v)
+        if self.mask is None:
+            return k, v
+        S = self.mask.shape[-1]
+        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
 
 
 class GPT(nn.Module):
@@ -203,25 +286,21 @@ class GPT(nn.Module):
         return 6 * (self.num_params() - self.wpe.weight.numel()) + 12 * c.n_layer * c.n_embd * c.block_size
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, last_only: bool = False
+        self, idx: Tensor, targets: Tensor | None = None, last_only: bool = False, cache: KVCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Logits of the next token at every position, and the mean loss if targets are given.
 
         Args:
-            idx: token ids, int64 (B, T) with T <= block_size.
+            idx: token ids, int64 (B, T); with those in the cache at most block_size.
             targets: ids to predict, int64 (B, T); positions of -1 do not count.
             last_only: compute the logits of the last position alone.
+            cache: keys and values of the tokens before these; this pass adds its own.
 
         Returns:
             logits (B, T, vocab_size), or (B, 1, vocab_size) with `last_only`; and the loss in nats
             per token, a scalar of at least float32, or None without targets.
         """
-        T = idx.shape[1]
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit the model's block_size of {self.config.block_size}")
-        x = self.drop(self.wte(idx) + self.wpe.weight[:T])  # (B, T, n_embd)
-        for block in self.h:
-            x = block(x)
+        x = self.hidden(idx, cache)  # (B, T, n_embd)
         x = self.ln_f(x[:, -1:] if last_only else x)
         logits = self.lm_head(x)[..., : self.config.vocab_size]  # (B, T, vocab_size), padding cut off
         if targets is None:
@@ -229,29 +308,25 @@ class GPT(nn.Module):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits, F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    @torch.inference_mode()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Iterator[Tensor]:
-        """Continue the rows of idx (B, T) token by token: yields ids (B,), `max_new_tokens` times.
-
-        Arguments as in `sample_token`. Past block_size the newest block_size tokens are the context.
-        """
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :], last_only=True)
-            token = sample_token(logits[:, -1], temperature, top_k, top_p, generator)
-            idx = torch.cat([idx, token[:, None]], dim=1)
-            yield token
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The last block's output (B, T, n_embd) for idx (B, T)."""
+        T = idx.shape[1]
+        before = 0 if cache is None else cache.extent
+        if before + T > self.config.block_size:
+            raise ValueError(f"{before + T} tokens do not fit the model's block_size of {self.config.block_size}")
+        past = None if cache is None else cache.past(T)
+        x = self.wte(idx) + (self.wpe.weight[:T] if past is None else self.wpe(past.positions))
+        x = self.drop(x)  # (B, T, n_embd)
+        for block in self.h:
+            x = block(x, past)
+        if cache is not None:
+            cache.advance(T)
+        return x
 
     def generate(self, idx: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
-        """idx (B, T) with its continuation, (B, T + max_new_tokens); arguments as in `stream`."""
-        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **sampling))], dim=1)
+        """idx (B, T) with its continuation, (B, T + max_new_tokens); keyword arguments as of `Generation`."""
+        writing = Generation(self, idx.tolist(), max_new_tokens, **sampling)
+        return torch.cat([idx, *(writing.step()[0][:, None] for _ in range(max_new_tokens))], dim=1)
 
     @classmethod
     def from_pretrained(
@@ -348,35 +423,179 @@ class GPT(nn.Module):
         _write_json(directory / "generation_config.json", ends)
 
 
+class Generation:
+    """Rows of text being written: `step` gives each live row its next token, `end` takes rows out.
+
+    A row's text depends on its prompt, the settings and its seed, not on the rows beside it. When a row has
+    filled the context, its newest block_size // 2 tokens are kept and the cache is filled from them anew.
+
+    Args:
+        model: with weights of the dtype to compute in.
+        prompts: ids of each row, at least one; of a longer one the last block_size count.
+        max_new_tokens: how often `step` can be called.
+        temperature, top_k, top_p: as of `sample_token`.
+        seed: the rows' random numbers come from it and `row_numbers`; None: others each time.
+        row_numbers: tell rows of one seed apart; None: 0, 1, ...
+        compile: run the steps through torch.compile, with CUDA graphs on CUDA.
+
+    Attributes:
+        live: the rows that `step` answers for, counted from 0 in `prompts`.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: GPT,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        row_numbers: list[int] | None = None,
+        compile: bool = False,
+    ):
+        if not all(prompts):
+            raise ValueError("a prompt has no token; begin it with <|endoftext|>")
+        if not (temperature >= 0 and (top_k is None or top_k > 0) and (top_p is None or 0 < top_p <= 1)):
+            raise ValueError(f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
+        self.model = model
+        self.device = model.wte.weight.device
+        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.live = list(range(len(prompts)))
+        self.slots = list(self.live)  # where the live rows are in the tensors below
+        prompts = [prompt[-model.config.block_size :] for prompt in prompts]
+
+        # One number a row and step decides its token, so a row draws the same whatever stands beside it.
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        draws = []
+        for number in self.live if row_numbers is None else row_numbers:
+            source = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+            draws.append(torch.rand(max_new_tokens, dtype=wide, generator=source))
+        self.draws = torch.stack(draws).to(self.device)  # (B, max_new_tokens)
+        self.steps = 0
+
+        # All but a prompt's last token fill the cache; the last one is the first step's input.
+        self.totals = [len(prompt) for prompt in prompts]  # tokens a row has
+        longest = max(self.totals)
+        padded = [prompt + [0] * (longest + max_new_tokens - len(prompt)) for prompt in prompts]
+        self.ids = torch.tensor(padded, device=self.device)  # (B, longest + max_new_tokens)
+        max_len = min(longest + max_new_tokens, model.config.block_size)
+        dtype = model.wte.weight.dtype
+        self.cache = KVCache(model.config, len(prompts), max_len, dtype=dtype, device=self.device, static=compile)
+        self.cached = [0] * len(prompts)  # tokens a row has in the cache
+        self._fill(self.slots, [total - 1 for total in self.totals])
+        self.decode = self._decode
+        if compile:
+            for buffer in (self.cache.k, self.cache.v, self.cache.length):
+                torch._dynamo.mark_static_address(buffer)
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self.decode = torch.compile(self._decode, mode=mode)
+        self.coming = self._next(self.ids[range(len(prompts)), [total - 1 for total in self.totals]])
+
+    @torch.inference_mode()
+    def step(self) -> tuple[Tensor, Tensor]:
+        """The next token of each live row, int64 (live,), and its log-probability under the model, float32 (live,)."""
+        tokens, logprobs = self.coming
+        if self.steps < self.draws.shape[1]:
+            self.coming = self._next(tokens)  # launched before the caller waits for these, so no time is lost
+        return tokens[self.slots], logprobs[self.slots]
+
+    @torch.inference_mode()
+    def end(self, rows: set[int]) -> None:
+        """Take rows out. They stop costing, except in compiled steps, whose shapes are fixed."""
+        staying = [i for i, row in enumerate(self.live) if row not in rows]
+        self.live = [self.live[i] for i in staying]
+        self.slots = [self.slots[i] for i in staying]
+        if not self.live or self.cache.static:
+            return
+        cache, slots = self.cache, torch.tensor(self.slots, device=self.device)
+        cache.k, cache.v, cache.length = cache.k[:, slots], cache.v[:, slots], cache.length[slots]
+        self.ids, self.draws = self.ids[slots], self.draws[slots]
+        self.coming = (self.coming[0][slots], self.coming[1][slots])
+        self.totals = [self.totals[i] for i in self.slots]
+        self.cached = [self.cached[i] for i in self.slots]
+        cache.extent = max(self.cached)
+        self.slots = list(range(len(self.live)))
+
+    def _next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Feed each row its newest token: the following one and its log-probability, (B,) each."""
+        block_size = self.model.config.block_size
+        if full := [i for i, cached in enumerate(self.cached) if cached == block_size]:
+            self._fill(full, [block_size // 2] * len(full))
+        if self.cache.static and self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        tokens, logprobs = self.decode(tokens, self.draws[:, self.steps])
+        if self.cache.static:  # the graph's own outputs are overwritten by its next run
+            tokens, logprobs = tokens.clone(), logprobs.clone()
+        self.steps += 1
+        self.cached = [cached + 1 for cached in self.cached]
+        where = torch.tensor(self.totals).to(self.device, non_blocking=True)
+        self.ids.scatter_(1, where[:, None], tokens[:, None])
+        self.totals = [total + 1 for total in self.totals]
+        return tokens, logprobs
+
+    def _decode(self, tokens: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+        logits, _ = self.model(tokens[:, None], last_only=True, cache=self.cache)
+        logits = logits[:, 0].float()  # (B, vocab_size)
+        tokens = sample_token(logits, draw, **self.sampling)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+    def _fill(self, slots: list[int], counts: list[int]) -> None:
+        """Fill the cache of these slots with so many of their newest tokens, the very last one left out."""
+        T = max(counts)
+        fresh = KVCache(self.model.config, len(slots), T, dtype=self.cache.k.dtype, device=self.device)
+        if T:
+            idx = torch.zeros(len(slots), T, dtype=torch.int64, device=self.device)
+            for row, slot, count in zip(idx, slots, counts):
+                end = self.totals[slot] - 1
+                row[:count] = self.ids[slot, end - count : end]
+            self.model.hidden(idx, fresh)
+        self.cache.k[:, slots, :, :T] = fresh.k
+        self.cache.v[:, slots, :, :T] = fresh.v
+        self.cache.length[slots] = torch.tensor(counts, device=self.device)
+        for slot, count in zip(slots, counts):
+            self.cached[slot] = count
+        if not self.cache.static:
+            self.cache.extent = max(self.cached)
+
+
 def sample_token(
     logits: Tensor,
+    draw: Tensor,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Draw the next token of each row of logits (B, vocab_size): ids (B,).
 
     Args:
+        draw: a uniform random number in [0, 1) for each row, (B,); the token is where it falls among the
+            cumulated probabilities, so that it alone decides.
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: draw among the k likeliest tokens only.
         top_p: draw among the fewest likeliest tokens that hold this share of the probability (Holtzman
             et al., "The Curious Case of Neural Text Degeneration", 2020, section 3.1).
-        generator: the random state; torch's global one if None.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    order = None  # the ids of the columns, where they are sorted
     if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        logits, order = logits.topk(top_k)  # (B, top_k), descending
+    elif top_p is not None and top_p < 1:
+        logits, order = logits.sort(dim=-1, descending=True)
+    logits = logits.float()
+    temperature = max(temperature, 1e-30)  # float32 rounds much smaller ones to 0, and 0 / 0 is no number
+    probs = ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).softmax(dim=-1)
     if top_p is not None and top_p < 1:
-        probs, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)  # (B, vocab_size)
-        before = probs.cumsum(dim=-1) - probs  # probability of the likelier tokens
-        drop = before >= top_p
+        drop = probs.cumsum(dim=-1) - probs >= top_p  # the likelier tokens hold that share already
         drop[:, 0] = False
-        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        probs = probs.masked_fill(drop, 0.0)
+    cumulated = probs.to(draw.dtype).cumsum(dim=-1)
+    column = torch.searchsorted(cumulated, draw[:, None] * cumulated[:, -1:], right=True)  # (B, 1)
+    return (column if order is None else order.gather(1, column))[:, 0]
 
 
 # Hugging Face files. GPT-2's config.json: transformers' GPT2Config; GPT-1's: OpenAIGPTConfig.

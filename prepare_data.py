@@ -166,6 +166,8 @@ def write_data(name: str, tokenizer: Tokenizer, splits: dict[str, Iterable[str]]
     folder = Path("data") / name
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it, or give another name with --name")
+    if tokenizer.eot is None:
+        raise ValueError(f"the tokenizer {tokenizer.name} has no end-of-text token, which begins each document here")
     partial = folder.with_name(f".{name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -2,53 +2,91 @@
 
 import argparse
 import codecs
+import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from checkpoint import newest_checkpoint
-from model import GPT
+from inference import prepare
+from model import GPT, Generation
 from runtime import describe, pick_device, pick_dtype, run_script
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
+
+# CUDA graphs and compiled kernels take about half a minute to make; shorter texts are done by then.
+COMPILE_FROM_TOKENS = {"cuda": 2000, "cpu": math.inf, "mps": math.inf}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write text with a trained or published model.")
-    parser.add_argument("--prompt", default="", help="text to continue (default: a document's beginning)")
-    parser.add_argument("--model", help="checkpoint folder or Hugging Face name (default: the newest run under out/)")
-    parser.add_argument("--num_samples", type=above_zero, default=1, metavar="N", help="texts to write (default: 1)")
-    parser.add_argument(
-        "--max_new_tokens", type=above_zero, default=500, metavar="N", help="of each text (default: 500)"
-    )
-    parser.add_argument(
+    what = parser.add_argument_group("what to write")
+    what.add_argument("--model", help="checkpoint folder or Hugging Face name (default: the newest run under out/)")
+    what.add_argument("--prompt", default="", help="text to continue (default: a document's beginning)")
+    what.add_argument("--prompts_file", type=Path, metavar="FILE", help="continue each line of a file")
+    what.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D ends")
+    what.add_argument("--num_samples", type=above_zero, default=1, metavar="N", help="texts a prompt (default: 1)")
+    what.add_argument("--max_new_tokens", type=above_zero, default=500, metavar="N", help="of a text (default: 500)")
+    what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    what.add_argument("--ignore_eot", action="store_true", help="write on after <|endoftext|>")
+    how = parser.add_argument_group("how to choose")
+    how.add_argument(
         "--temperature",
         type=zero_or_more,
         default=0.8,
         metavar="T",
         help="below 1 likelier, above 1 more surprising, 0 always the likeliest token (default: 0.8)",
     )
-    parser.add_argument(
-        "--top_k", type=above_zero, metavar="K", help="choose among the K likeliest tokens (default: all)"
+    how.add_argument(
+        "--top_k",
+        type=whole,
+        default=200,
+        metavar="K",
+        help="choose among the K likeliest tokens; 0: among all (default: 200)",
     )
-    parser.add_argument(
+    how.add_argument(
         "--top_p",
         type=share,
         default=0.95,
         metavar="P",
         help="choose among the likeliest tokens that hold this share of the probability (default: 0.95)",
     )
-    parser.add_argument(
-        "--seed", type=int, help="same seed, same text on the same machine (default: another each time)"
+    how.add_argument("--seed", type=whole, help="same seed, same text on the same machine and dtype (default: any)")
+    to = parser.add_argument_group("where to")
+    to.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write a JSON object a text to this new file")
+    to.add_argument("--logprobs", action="store_true", help="with --output: each token and its log-probability")
+    to.add_argument("--batch_size", type=above_zero, default=8, metavar="N", help="texts at a time (default: 8)")
+    on = parser.add_argument_group("on what")
+    on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
+    on.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16", "int8"],
+        help="of the weights; int8: rounded, one scale a channel (default: auto, the fastest exact one)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
-    return parser.parse_args()
+    on.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: where it repays)")
+    args = parser.parse_args()
+    if args.logprobs and not args.output:
+        parser.error("--logprobs needs --output")
+    if args.interactive and (args.prompts_file or args.output):
+        parser.error("--interactive takes neither --prompts_file nor --output")
+    if "" in args.stop:
+        parser.error("--stop must not be empty")
+    return args
 
 
 def above_zero(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
     return int(text)
 
 
@@ -64,37 +102,194 @@ def share(text: str) -> float:
     return float(text)
 
 
-def sample(args: argparse.Namespace) -> None:
-    """Print the texts, each token as soon as it is drawn."""
-    source = args.model or newest_checkpoint(Path("out"))
-    if source is None:
-        raise ValueError("there is no trained model under out/; run python train.py, or name one with --model")
-    picked = pick_device(args.device)
-    dtype = pick_dtype("auto", picked)
-    gpt = GPT.from_pretrained(source, dtype=dtype, device=picked)
-    tokenizer = load_tokenizer(source)
-    print(f"{source} on {describe(picked)}", file=sys.stderr)
+class RowText:
+    """The text of one row as its tokens come in.
 
-    ids = tokenizer.encode(args.prompt, allow_eot=True) or [tokenizer.eot]
-    if len(ids) > gpt.config.block_size:
-        ids = ids[-gpt.config.block_size :]
-        print(f"the prompt is longer than the context; its last {len(ids)} tokens are used", file=sys.stderr)
-    generator = torch.Generator(picked)
-    generator.manual_seed(args.seed) if args.seed is not None else generator.seed()
-    for number in range(args.num_samples):
-        if args.num_samples > 1:
-            print(f"--- {number + 1} of {args.num_samples} ---")
-        # An id can end within a character; the decoder holds its bytes back until the rest has come.
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        print(args.prompt, end="", flush=True)
-        stream = gpt.stream(
-            torch.tensor([ids], device=picked), args.max_new_tokens, args.temperature, args.top_k, args.top_p, generator
+    Attributes:
+        text: all of it so far, without what may still be the beginning of a stop string.
+        finish: "eot", "stop" or, while nothing has ended it, "length".
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: list[str], ignore_eot: bool):
+        self.tokenizer, self.stops, self.ignore_eot = tokenizer, stops, ignore_eot
+        # A token can end within a character; the decoder holds its bytes back until the rest has come.
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.text, self.held, self.finish = "", "", "length"
+
+    def add(self, token: int) -> str:
+        """Take a token; return the text that is now certain."""
+        if token == self.tokenizer.eot and not self.ignore_eot:
+            self.finish = "eot"
+            return self.close()
+        self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.finish = "stop"
+            return self._release(min(found))
+        # Hold back the longest end that a stop string could begin with.
+        waiting = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
+        return self._release(len(self.held) - max(waiting, default=0))
+
+    def close(self) -> str:
+        """The rest of the text, once no more tokens come."""
+        self.held += self.decoder.decode(b"", final=True)
+        return self._release(len(self.held)) if self.finish != "stop" else ""
+
+    def _release(self, n: int) -> str:
+        certain, self.held = self.held[:n], self.held[n:]
+        self.text += certain
+        return certain
+
+
+class Writer:
+    """A model, its tokenizer and the settings of the command line."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        source = args.model or newest_checkpoint(Path("out"))
+        if source is None:
+            raise ValueError("there is no trained model under out/; run python train.py, or name one with --model")
+        self.device = pick_device(args.device)
+        int8 = args.dtype == "int8"
+        dtype = pick_dtype("auto" if int8 else args.dtype, self.device, training=False)
+        self.model = prepare(GPT.from_pretrained(source, dtype=dtype, device=self.device), int8)
+        self.tokenizer = load_tokenizer(source)
+        kind = "int8" if int8 else str(dtype).removeprefix("torch.")
+        print(f"{source} on {describe(self.device)} in {kind}", file=sys.stderr)
+        self.seed = int(torch.randint(2**62, ())) if args.seed is None else args.seed
+
+    def encode(self, prompt: str) -> list[int]:
+        ids = self.tokenizer.encode(prompt, allow_eot=True)
+        if not ids and self.tokenizer.eot is None:
+            raise ValueError("this model knows no beginning of a document; give a prompt")
+        ids = ids or [self.tokenizer.eot]
+        block_size = self.model.config.block_size
+        if len(ids) > block_size:
+            print(f"the prompt is longer than the context; its last {block_size} tokens are used", file=sys.stderr)
+        return ids
+
+    def begin(self, prompts: list[list[int]], row_numbers: list[int]) -> tuple[Generation, list[RowText]]:
+        args = self.args
+        generation = Generation(
+            self.model,
+            prompts,
+            args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k or None,
+            top_p=args.top_p,
+            seed=self.seed,
+            row_numbers=row_numbers,
+            compile=args.max_new_tokens >= COMPILE_FROM_TOKENS[self.device.type]
+            if args.compile is None
+            else args.compile,
         )
-        for token in stream:
-            if token.item() == tokenizer.eot:
+        return generation, [RowText(self.tokenizer, args.stop, args.ignore_eot) for _ in prompts]
+
+    def stream(self, ids: list[int], row_number: int) -> Iterator[str]:
+        """The continuation of one prompt, piece by piece."""
+        generation, (row,) = self.begin([ids], [row_number])
+        for _ in range(self.args.max_new_tokens):
+            yield row.add(generation.step()[0].item())
+            if row.finish != "length":
+                return
+        yield row.close()
+
+    def batch(self, prompts: list[list[int]], row_numbers: list[int]) -> list[dict]:
+        """The continuations of several prompts: `text`, `finish`, and each token's id and log-probability."""
+        generation, rows = self.begin(prompts, row_numbers)
+        tokens: list[list[int]] = [[] for _ in rows]
+        logprobs: list[list[float]] = [[] for _ in rows]
+        for _ in range(self.args.max_new_tokens):
+            live = list(generation.live)
+            for row, token, logprob in zip(live, *(values.tolist() for values in generation.step())):
+                tokens[row].append(token)
+                logprobs[row].append(logprob)
+                rows[row].add(token)
+            if ended := {row for row in live if rows[row].finish != "length"}:
+                generation.end(ended)
+            if not generation.live:
                 break
-            print(decoder.decode(tokenizer.decode_bytes(token.tolist())), end="", flush=True)
-        print(decoder.decode(b"", final=True))
+        for row in rows:
+            row.close()
+        return [
+            {"text": row.text, "finish": row.finish, "tokens": tokens[i], "logprobs": logprobs[i]}
+            for i, row in enumerate(rows)
+        ]
+
+
+def write_stream(writer: Writer, prompts: list[str]) -> None:
+    """Print each text, every token as soon as it is drawn."""
+    args = writer.args
+    for number in range(len(prompts) * args.num_samples):
+        prompt = prompts[number // args.num_samples]
+        if len(prompts) * args.num_samples > 1:
+            print(f"--- {number + 1} of {len(prompts) * args.num_samples} ---")
+        print(prompt, end="", flush=True)
+        for piece in writer.stream(writer.encode(prompt), number):
+            print(piece, end="", flush=True)
+        print()
+
+
+def write_file(writer: Writer, prompts: list[str]) -> None:
+    """Write a JSON object a text to the output file, several texts at a time."""
+    args = writer.args
+    encoded = [writer.encode(prompt) for prompt in prompts]
+    numbers = range(len(prompts) * args.num_samples)
+    with args.output.open("x", encoding="utf-8") as file, tqdm(total=len(numbers), unit="text") as bar:
+        for first in range(0, len(numbers), args.batch_size):
+            rows = list(numbers[first : first + args.batch_size])
+            for number, result in zip(rows, writer.batch([encoded[n // args.num_samples] for n in rows], rows)):
+                prompt, sample = divmod(number, args.num_samples)
+                line = {"prompt": prompts[prompt], "sample": sample, "text": result["text"], "finish": result["finish"]}
+                if args.logprobs:
+                    line |= {"tokens": result["tokens"], "logprobs": result["logprobs"]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                bar.update()
+
+
+def interact(writer: Writer) -> None:
+    """A prompt loop. Ctrl-C stops the text, Ctrl-D ends."""
+    try:
+        import readline  # noqa: F401  (line editing and history of input())
+    except ImportError:
+        pass  # Windows edits lines in the terminal itself
+    number = 0
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        try:
+            print(prompt, end="", flush=True)
+            for piece in writer.stream(writer.encode(prompt), number):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        print()
+        number += 1
+
+
+def sample(args: argparse.Namespace) -> None:
+    if args.output and args.output.exists():
+        raise ValueError(f"{args.output} exists already; remove it or name another file")
+    prompts = [args.prompt]
+    if args.prompts_file:
+        if not args.prompts_file.is_file():
+            raise ValueError(f"there is no file {args.prompts_file}")
+        prompts = args.prompts_file.read_text(encoding="utf-8").splitlines()
+        if not prompts:
+            raise ValueError(f"{args.prompts_file} has no line")
+    writer = Writer(args)
+    if args.interactive:
+        interact(writer)
+    elif args.output:
+        write_file(writer, prompts)
+    else:
+        write_stream(writer, prompts)
 
 
 if __name__ == "__main__":

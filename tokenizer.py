@@ -1,14 +1,18 @@
 """One way to get from text to token ids and back, whatever the vocabulary."""
 
-import difflib
 import importlib.util
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+
+from runtime import nearest
 
 EOT = "<|endoftext|>"
 
@@ -56,9 +60,6 @@ class Tokenizer:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the files from which transformers' AutoTokenizer makes the same tokenizer."""
-        from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-        from tokenizers import Tokenizer as FastTokenizer
-
         ranks = self.encoding._mergeable_ranks
         vocab = {_printable(token): rank for token, rank in ranks.items()}
         merges = [
@@ -88,6 +89,40 @@ class Tokenizer:
         (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+class HFTokenizer(Tokenizer):
+    """The same over the tokenizer of a Hugging Face model.
+
+    Args:
+        tokenizer: of transformers, a fast one.
+        name: what it was loaded from.
+    """
+
+    def __init__(self, tokenizer: Any, name: str):
+        self.tokenizer = tokenizer
+        self.name = name
+        self.n_vocab = len(tokenizer)
+        self.eot = tokenizer.eos_token_id
+        self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
+        decoder = tokenizer.backend_tokenizer.decoder
+        self._byte_level = isinstance(decoder, decoders.ByteLevel)
+
+    def encode(self, text: str, allow_eot: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not allow_eot)["input_ids"]
+
+    def _token_bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self.tokenizer.convert_ids_to_tokens(token) if 0 <= token < self.n_vocab else None
+        if piece is None:
+            return "\N{REPLACEMENT CHARACTER}".encode()
+        if self._byte_level:
+            return piece.translate(_UNPRINTED).encode("latin-1")
+        return piece.replace("</w>", " ").encode()  # GPT-1's mark of a word's end
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        self.tokenizer.save_pretrained(directory)
+
+
 def _printable(token: bytes) -> str:
     """A token's bytes as the printable characters that GPT-2's vocabulary files write for them.
 
@@ -98,6 +133,7 @@ def _printable(token: bytes) -> str:
 
 _UNPRINTABLE = [b for b in range(256) if not chr(b).isprintable() or b == 0x20]
 _PRINTABLE = {b: 0x100 + i for i, b in enumerate(_UNPRINTABLE)}
+_UNPRINTED = {char: b for b, char in _PRINTABLE.items()}
 
 
 def _last_merge(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
@@ -110,25 +146,24 @@ def _last_merge(ranks: dict[bytes, int], token: bytes) -> list[bytes]:
     return parts
 
 
-def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
+def load_tokenizer(name_or_dir: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a name or of a checkpoint's folder.
 
     Args:
         name_or_dir: "bytes" (256 bytes and `<|endoftext|>`), "gpt2", any other name that tiktoken
-            knows, or a folder that `Tokenizer.save_pretrained` wrote.
+            knows, or a Hugging Face folder or id.
+        revision: branch, tag or commit of a Hugging Face id.
 
     Raises:
         ValueError: an unknown name, or a vocabulary that can be had neither here nor by download.
     """
     name = str(name_or_dir)
     known = ["bytes", *tiktoken.list_encoding_names()]
-    if Path(name).is_dir() and name not in known:
-        try:
-            name = json.loads((Path(name) / "tokenizer_config.json").read_text(encoding="utf-8"))["tiktoken_encoding"]
-        except (OSError, ValueError, KeyError, TypeError):
-            name = None
-        if not isinstance(name, str):
-            raise ValueError(f"{name_or_dir} holds no tokenizer that this program wrote")
+    if name not in known:
+        config = _read_config(Path(name))
+        if not isinstance(config.get("tiktoken_encoding"), str):
+            return _load_hf(name, revision)
+        name = config["tiktoken_encoding"]  # a folder that this program wrote
     if name == "bytes":
         ranks = {bytes([b]): b for b in range(256)}
         # Pieces of bounded length keep tiktoken's merge search, which finds nothing here, linear.
@@ -137,11 +172,30 @@ def load_tokenizer(name_or_dir: str | Path) -> Tokenizer:
         )
     if name == "gpt2":
         return Tokenizer(_gpt2_encoding())
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-        raise ValueError(f"there is no tokenizer named {name!r}{hint}")
     return Tokenizer(_download_encoding(name))
+
+
+def _read_config(folder: Path) -> dict:
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def _load_hf(name: str, revision: str | None) -> HFTokenizer:
+    from transformers import AutoTokenizer  # slow to import, and not needed for tiktoken's
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        return HFTokenizer(tokenizer, name)
+    except Exception as error:  # transformers and tokenizers raise anything from KeyError to bare Exception
+        if Path(name).is_dir():
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{name} holds no tokenizer that can be read: {reason}") from error
+        known = ["bytes", *tiktoken.list_encoding_names()]
+        hint = nearest(name, known) or f"; known are {', '.join(known)}"
+        raise ValueError(f"there is no tokenizer named {name!r}{hint}; the Hugging Face hub gave none") from error
 
 
 def _gpt2_encoding() -> tiktoken.Encoding:

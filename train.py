@@ -18,7 +18,7 @@ from checkpoint import checkpoints, load_state, save_checkpoint
 from config import TrainConfig, parse_config
 from dataset import TokenDataset, evaluation_batches, read_meta, to_device, training_batches
 from metrics import MetricsLog
-from model import GPT, GPTConfig
+from model import GPT, Generation, GPTConfig
 from optim import learning_rate_at, make_optimizer
 from runtime import Runtime, describe, peak_flops, pick_dtype, run_script, start
 from tokenizer import Tokenizer, load_tokenizer
@@ -154,7 +154,7 @@ def train(cfg: TrainConfig) -> None:
     if log:
         log.close()
         say(f"saved {checkpoints(run)[-1]}; a passage it writes:\n")
-        write_passage(model, tokenizer, autocast)
+        write_passage(model, tokenizer)
         say(f'\nmore of it: python sample.py --prompt "..." --model {checkpoints(run)[-1]}')
 
 
@@ -288,13 +288,11 @@ def evaluate(
     return (total[0] / total[1]).item(), int(total[1])
 
 
-def write_passage(
-    model: GPT, tokenizer: Tokenizer, autocast: AbstractContextManager, max_new_tokens: int = 400
-) -> None:
+def write_passage(model: GPT, tokenizer: Tokenizer, max_new_tokens: int = 400) -> None:
+    """Print the beginning of a document as the model writes it."""
     model.eval()
-    idx = torch.tensor([[tokenizer.eot]], device=model.wte.weight.device)
-    with autocast:
-        ids = model.generate(idx, max_new_tokens, temperature=0.8, top_p=0.95)[0, 1:].tolist()
+    writing = Generation(model, [[tokenizer.eot]], max_new_tokens, temperature=0.8, top_k=200, top_p=0.95)
+    ids = [writing.step()[0].item() for _ in range(max_new_tokens)]
     print(tokenizer.decode(ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids))
 
 

@@ -1,11 +1,14 @@
 """What several test files use."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: the tests need no network
 
 from dataset import write_shards
 from tokenizer import load_tokenizer

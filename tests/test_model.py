@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import ACTIVATIONS, GPT, GPTConfig, sample_token
+from model import ACTIVATIONS, GPT, Generation, GPTConfig, sample_token
 
 TINY = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=8)
 GPT1 = GPTConfig(block_size=512, vocab_size=40478, post_norm=True)
@@ -470,12 +470,17 @@ def exact_probabilities(logits: Tensor, temperature: float, top_k: int | None, t
     return probs
 
 
+def uniform(n: int, seed: int = 0) -> Tensor:
+    """n numbers for `draw`."""
+    return torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     steps=st.lists(st.integers(-100, 100), min_size=1, max_size=8, unique=True),
     temperature=st.floats(0.7, 10),
     top_k=st.none() | st.integers(1, 10),
-    top_p=st.none() | st.floats(0, 1.2),
+    top_p=st.none() | st.floats(0, 1, exclude_min=True),
     seed=st.integers(0, 2**31),
 )
 def test_top_k_and_top_p_keep_the_tokens_that_brute_force_keeps(
@@ -486,8 +491,7 @@ def test_top_k_and_top_p_keep_the_tokens_that_brute_force_keeps(
     held = np.cumsum(np.sort(before_top_p)[::-1])
     assume(top_p is None or np.abs(held - top_p).min() > 1e-5)  # not on the edge, where rounding decides
     kept = np.flatnonzero(exact_probabilities(logits, temperature, top_k, top_p))
-    generator = torch.Generator().manual_seed(seed)
-    drawn = sample_token(logits.expand(8000, -1), temperature, top_k, top_p, generator)
+    drawn = sample_token(logits.expand(8000, -1), uniform(8000, seed), temperature, top_k, top_p)
     # Each token kept has a probability above 0.007: one would be missed in 8,000 draws once in 1e23.
     assert drawn.unique().tolist() == kept.tolist()
 
@@ -498,8 +502,7 @@ def test_top_k_and_top_p_keep_the_tokens_that_brute_force_keeps(
 )
 def test_frequencies_are_the_exact_distribution(temperature: float, top_k: int | None, top_p: float | None) -> None:
     draws = 100_000
-    generator = torch.Generator().manual_seed(1)
-    tokens = sample_token(LOGITS.expand(draws, -1), temperature, top_k, top_p, generator)
+    tokens = sample_token(LOGITS.expand(draws, -1), uniform(draws, 1), temperature, top_k, top_p)
     expected = torch.from_numpy(exact_probabilities(LOGITS, temperature, top_k, top_p)) * draws
     counts = tokens.bincount(minlength=16)
     possible = expected > 0
@@ -510,37 +513,98 @@ def test_frequencies_are_the_exact_distribution(temperature: float, top_k: int |
     assert torch.special.gammaincc(freedom, chi_square / 2) > 1e-6
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 5, 9])
+@pytest.mark.parametrize("top_p", [None, 0.999])
+def test_ties_at_the_last_place_leave_exactly_k(top_k: int, top_p: float | None) -> None:
+    logits = torch.tensor([0.0, 2.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    drawn = sample_token(logits.expand(8000, -1), uniform(8000), 2.0, top_k, top_p).unique().tolist()
+    # Each token kept has a probability above 0.06: one would be missed in 8,000 draws once in 1e200.
+    assert len(drawn) == top_k
+    assert {1, 4}.issubset(drawn) or drawn == [1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    size=st.integers(1, 300),
+    temperature=st.sampled_from([1e-40, 1e-3, 0.5, 1.0, 1e4]),
+    top_k=st.none() | st.integers(1, 310),
+    top_p=st.none() | st.floats(0, 1, exclude_min=True),
+)
+def test_the_ends_of_the_interval_draw_possible_tokens(
+    seed: int, size: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 5 * torch.randn(40, size, generator=generator)
+    never = torch.rand(40, size, generator=generator) < 0.4  # first and last columns among them
+    never[torch.arange(40), torch.randint(size, (40,), generator=generator)] = False
+    logits[never] = -math.inf
+    for draw in (0.0, 2.0**-53, 1 - 2.0**-53):
+        token = sample_token(logits, torch.full((40,), draw, dtype=torch.float64), temperature, top_k, top_p)
+        assert ((token >= 0) & (token < size)).all()
+        assert logits.gather(1, token[:, None]).isfinite().all()
+
+
+def test_without_limits_the_token_is_where_the_draw_falls() -> None:
+    logits = torch.tensor([0.1, 0.0, 0.4, 0.3, 0.2, 0.0]).log()
+    draws = torch.tensor([0.0, 0.0999, 0.1001, 0.4999, 0.5001, 0.7999, 0.8001, 0.9999], dtype=torch.float64)
+    assert sample_token(logits.expand(8, -1), draws).tolist() == [0, 0, 2, 2, 3, 3, 4, 4]
+
+
 def test_temperature_0_takes_the_likeliest() -> None:
     logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(sample_token(logits, temperature=0), logits.argmax(1))
-    assert torch.equal(sample_token(logits, temperature=0, top_k=3, top_p=0.5), logits.argmax(1))
+    assert torch.equal(sample_token(logits, uniform(50), temperature=0), logits.argmax(1))
+    assert torch.equal(sample_token(logits, uniform(50), temperature=0, top_k=3, top_p=0.5), logits.argmax(1))
 
 
-@pytest.mark.parametrize("top_p", [0.0, 1e-12, 1e-3])
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("top_p", [None, 0.9])
+def test_a_tiny_temperature_takes_the_likeliest(top_k: int | None, top_p: float | None) -> None:
+    logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    for temperature in (1e-40, 1e-300, 1e-10):
+        assert torch.equal(sample_token(logits, uniform(50), temperature, top_k, top_p), logits.argmax(1))
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 1e-12, 1e-3])
 def test_a_tiny_top_p_keeps_exactly_the_likeliest(top_p: float) -> None:
     logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
-    for _ in range(20):
-        assert torch.equal(sample_token(logits, temperature=3.0, top_p=top_p), logits.argmax(1))
+    for seed in range(20):
+        assert torch.equal(sample_token(logits, uniform(50, seed), temperature=3.0, top_p=top_p), logits.argmax(1))
 
 
 def test_rows_are_drawn_from_their_own_distributions() -> None:
     logits = torch.full((30, 30), -1e4).fill_diagonal_(0.0)
     logits[:, 7] = -20.0  # within reach of no top_k = 1, of no top_p = 0.9
+    logits[7, 7] = 0.0
     for sampling in ({"top_k": 1}, {"top_p": 0.9}, {"top_k": 2, "top_p": 0.9}):
-        expected = torch.arange(30)
-        assert torch.equal(sample_token(logits, 1.0, **sampling), expected)
+        assert torch.equal(sample_token(logits, uniform(30), 1.0, **sampling), torch.arange(30))
 
 
-def test_the_generator_alone_decides() -> None:
+def test_the_draw_alone_decides() -> None:
     logits = LOGITS.expand(200, -1)
-
-    def draw(seed: int) -> Tensor:
-        return sample_token(logits, generator=torch.Generator().manual_seed(seed))
-
     state = torch.get_rng_state()
-    assert torch.equal(draw(5), draw(5))
-    assert not torch.equal(draw(5), draw(6))
-    assert torch.equal(torch.get_rng_state(), state), "a given generator must leave the global one alone"
+    assert torch.equal(sample_token(logits, uniform(200, 5)), sample_token(logits, uniform(200, 5)))
+    assert not torch.equal(sample_token(logits, uniform(200, 5)), sample_token(logits, uniform(200, 6)))
+    assert torch.equal(torch.get_rng_state(), state), "the global generator must be left alone"
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": -0.5},
+        {"top_p": 1.01},
+        {"top_p": math.nan},
+    ],
+)
+def test_sampling_out_of_range_is_refused(sampling: dict[str, float]) -> None:
+    (name,) = sampling
+    with pytest.raises(ValueError, match=rf"\b{name}\b.* out of range"):
+        Generation(GPT(TINY), [[0]], 1, **sampling)
 
 
 def test_generate_repeats_with_the_same_seed() -> None:
@@ -549,7 +613,7 @@ def test_generate_repeats_with_the_same_seed() -> None:
     idx, _ = batch(TINY, length=3)
 
     def run(seed: int) -> Tensor:
-        return model.generate(idx, 12, temperature=1.0, top_k=20, generator=torch.Generator().manual_seed(seed))
+        return model.generate(idx, 12, temperature=1.0, top_k=20, seed=seed)
 
     assert run(0).shape == (2, 15)
     assert torch.equal(run(0)[:, :3], idx)

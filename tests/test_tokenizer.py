@@ -13,9 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, OpenAIGPTTokenizer, PreTrainedTokenizerBase
 
-from tokenizer import EOT, Tokenizer, load_tokenizer
+from tokenizer import EOT, HFTokenizer, Tokenizer, load_tokenizer
 
 QUICK = settings(max_examples=50, deadline=None)
 NAMES = ["bytes", "gpt2"]
@@ -260,3 +260,54 @@ def test_a_folder_without_our_tokenizer_is_refused_by_name(content: str | None, 
     with pytest.raises(ValueError) as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def gpt1_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """A small tokenizer of GPT-1's kind: lower case, words ending in </w>, no end-of-text token."""
+    letters = "abcdefghijklmnopqrstuvwxyz.,!?'"
+    vocab = ["<unk>", *letters, *(f"{letter}</w>" for letter in letters), "th", "the</w>", "he</w>"]
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\nh e</w>\n")
+    tokenizer = OpenAIGPTTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "openai-gpt"}')
+    return tokenizer
+
+
+def test_a_hugging_face_tokenizer_of_gpt1s_kind(tmp_path: Path) -> None:
+    theirs = gpt1_tokenizer(tmp_path / "gpt1")
+    ours = load_tokenizer(tmp_path / "gpt1")
+    text = "The cat, the hat!"
+    assert ours.encode(text) == theirs(text)["input_ids"]
+    assert (ours.n_vocab, ours.eot) == (len(theirs), None)
+    assert ours.decode(ours.encode(text)).split() == theirs.decode(theirs(text)["input_ids"]).split()
+    assert "".join(ours.decode([i]) for i in ours.encode(text)) == ours.decode(ours.encode(text)), "streams by token"
+    assert ours.decode([10**6, -1]) == "\N{REPLACEMENT CHARACTER}" * 2
+    ours.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).encode(text) == ours.encode(text)
+
+
+@QUICK
+@given(text=TEXTS)
+def test_a_hugging_face_tokenizer_of_bytes_equals_tiktokens(hf_gpt2: Tokenizer, text: str) -> None:
+    """The same vocabulary by the other road: a folder that does not say it came from tiktoken."""
+    tiktokens = load_tokenizer("gpt2")
+    for string in (text, f"{text}<|endoftext|>{text}"):
+        ids = tiktokens.encode(string)
+        assert hf_gpt2.encode(string) == ids
+        assert hf_gpt2.encode(string, allow_eot=True) == tiktokens.encode(string, allow_eot=True)
+        assert hf_gpt2.decode_bytes(ids) == tiktokens.decode_bytes(ids)
+    assert hf_gpt2.eot == tiktokens.eot and hf_gpt2.decode([50256]) == "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def hf_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("hf")
+    load_tokenizer("gpt2").save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["tiktoken_encoding"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, HFTokenizer)
+    return tokenizer
