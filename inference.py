@@ -41,7 +41,7 @@ class Int8Linear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu":
+        if x.device.type == "cpu" and x.shape[-1] % 16 == 0:  # in bfloat16 the kernel reads 16 at a time, and beyond
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
         else:
             y = x @ self.weight.to(x.dtype).t() * self.scale

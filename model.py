@@ -199,7 +199,7 @@ class KVCache:
             ValueError: they do not fit.
         """
         max_len = self.k.shape[3]
-        if not self.static and self.extent + T > max_len:
+        if self.extent + T > max_len:
             raise ValueError(f"{T} tokens after {self.extent} do not fit a cache of {max_len}")
         positions = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
         if not self.static and self.extent == 0:

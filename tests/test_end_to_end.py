@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from checkpoint import checkpoints, load_state
 from config import parse_config
+from dataset import write_shards
 from model import GPT
+from tokenizer import load_tokenizer
 from train import split_batch, train
 
 ROOT = Path(__file__).parent.parent
@@ -190,3 +194,34 @@ def test_sample_bad_input(workplace: Path, flags: list[str], code: int) -> None:
 def test_trains_on_cuda_in_bfloat16_compiled(workplace: Path) -> None:
     run_tiny("--device", "cuda", "--dtype", "auto", "--compile", "true")
     assert curve("tiny", "val_loss")[-1] < curve("tiny")[0] - 1
+
+
+def test_finetune_recipe_from_a_local_folder(workplace: Path) -> None:
+    """configs/finetune_shakespeare.toml as it is, but for its size: offline, sizes from the weights."""
+    data, tokenizer = Path("data/shakespeare-gpt2"), load_tokenizer("gpt2")
+    data.mkdir()
+    ids = np.array([tokenizer.eot, *tokenizer.encode("to be or not to be, that is the question\n" * 200)])
+    shards = {split: write_shards(data, split, [ids], tokenizer.n_vocab) for split in ("train", "val")}
+    (data / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 50257, "shards": shards}))
+    config = GPT2Config(n_positions=64, n_layer=1, n_head=2, n_embd=32)
+    GPT2LMHeadModel(config).save_pretrained("published")
+    recipe = str(ROOT / "configs" / "finetune_shakespeare.toml")
+    flags = ["--init_from", "published", "--total_batch_size", "512", "--device", "cpu", "--learning_rate", "1e-2"]
+    train(parse_config([recipe, *flags, "--max_steps", "20"]))
+    saved = checkpoints(Path("out/finetune_shakespeare"))[-1]
+    assert curve("finetune_shakespeare", "val_loss")[-1] < curve("finetune_shakespeare")[0] - 1
+    theirs = AutoModelForCausalLM.from_pretrained(saved)
+    assert theirs.config.n_positions == 64 and theirs.config.vocab_size == 50257
+    assert AutoTokenizer.from_pretrained(saved).encode("to be") == tokenizer.encode("to be")
+    with pytest.raises(ValueError, match="vocab_size 50257, the data at data/shakespeare 257"):
+        train(parse_config([recipe, *flags, "--data", "data/shakespeare", "--run_name", "other"]))
+
+
+def test_a_checkpoint_answers_in_transformers_pipeline(workplace: Path) -> None:
+    run_tiny()
+    saved = str(checkpoints(Path("out/tiny"))[-1])
+    theirs = pipeline("text-generation", model=saved)("to be", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+    ours = script(
+        ROOT / "sample.py", "--prompt", "to be", "--temperature", 0, "--max_new_tokens", 20, "--dtype", "float32"
+    )
+    assert ours.stdout == theirs + "\n"

@@ -361,10 +361,11 @@ def test_padding_changes_nothing_while_training(
             torch.testing.assert_close(a[: len(b)], b, rtol=1e-8, atol=1e-8)
 
 
-def test_sampled_ids_are_never_padding() -> None:
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 50}, {"top_p": 0.999}, {"top_k": 50, "top_p": 0.999}])
+def test_sampled_ids_are_never_padding(sampling: dict[str, float]) -> None:
     torch.manual_seed(0)
     config = replace(TINY, vocab_size=3, vocab_multiple=64, block_size=128)
-    ids = GPT(config).eval().generate(torch.zeros(16, 1, dtype=torch.int64), 100, temperature=1e4)
+    ids = GPT(config).eval().generate(torch.zeros(16, 1, dtype=torch.int64), 100, temperature=1e4, seed=0, **sampling)
     # At such heat all rows of the table would be about equally likely: 1,600 draws among 64.
     assert ids.unique().tolist() == [0, 1, 2]
 

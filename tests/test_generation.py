@@ -1,0 +1,346 @@
+"""The key/value cache, the rows of a Generation and the layouts of weights for writing, against full passes."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from inference import Int8Linear, PackedLinear, prepare
+from model import GPT, Generation, GPTConfig, KVCache, sample_token
+
+SMALL = GPTConfig(block_size=12, vocab_size=41, n_layer=2, n_head=2, n_embd=8, initializer_range=0.5)
+
+
+@st.composite
+def networks(draw: st.DrawFn) -> GPT:
+    """Small float64 GPT-1 and GPT-2 networks, no bias of theirs 0."""
+    n_head = draw(st.integers(1, 3))
+    gpt1 = draw(st.booleans())
+    config = GPTConfig(
+        block_size=draw(st.integers(1, 12)),
+        vocab_size=draw(st.sampled_from([2, 41, 65])),
+        n_layer=draw(st.integers(1, 3)),
+        n_head=n_head,
+        n_embd=n_head * draw(st.integers(1, 4)),
+        post_norm=gpt1,
+        tie_word_embeddings=draw(st.booleans()),
+        scale_attn_weights=gpt1 or draw(st.booleans()),
+        scale_attn_by_inverse_layer_idx=not gpt1 and draw(st.booleans()),
+        initializer_range=0.5,
+    )
+    return network(config, draw(st.integers(0, 2**31)))
+
+
+def network(config: GPTConfig, seed: int = 0) -> GPT:
+    torch.manual_seed(seed)
+    model = GPT(config).double().eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if not name.startswith(("wte", "lm_head")):  # whose padding stays 0
+                p += 0.3 * torch.randn_like(p)
+    return model
+
+
+@st.composite
+def samplings(draw: st.DrawFn) -> dict[str, Any]:
+    return {
+        "temperature": draw(st.sampled_from([0.0, 0.7, 1.0, 1.5])),
+        "top_k": draw(st.sampled_from([None, 5, 50])),
+        "top_p": draw(st.sampled_from([None, 0.6, 0.95])),
+    }
+
+
+@st.composite
+def texts(draw: st.DrawFn, model: GPT, longest: int) -> list[int]:
+    return draw(st.lists(st.integers(0, model.config.vocab_size - 1), min_size=1, max_size=longest))
+
+
+def write(generation: Generation, steps: int) -> list[list[int]]:
+    """All rows for so many steps."""
+    return torch.stack([generation.step()[0] for _ in range(steps)], dim=1).tolist()
+
+
+# Cache
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data(), model=networks(), static=st.booleans())
+@torch.no_grad()
+def test_cached_logits_are_those_of_a_full_pass(data: st.DataObject, model: GPT, static: bool) -> None:
+    """Any number of rows and passes; in each pass every row has its own number of tokens, then padding."""
+    config = model.config
+    rows = data.draw(st.integers(1, 3))
+    ids = torch.randint(config.vocab_size, (rows, config.block_size))
+    full, _ = model(ids)
+    max_len = data.draw(st.integers(config.block_size, config.block_size + 3))
+    cache = KVCache(config, rows, max_len, dtype=torch.float64, static=static)
+    seen, room = [0] * rows, config.block_size
+    while room:
+        T = data.draw(st.integers(1, room))
+        room -= T
+        counts = data.draw(st.lists(st.integers(0, T), min_size=rows, max_size=rows) | st.just([T] * rows))
+        chunk = torch.randint(config.vocab_size, (rows, T))  # what stays of this is padding
+        for row in range(rows):
+            chunk[row, : counts[row]] = ids[row, seen[row] : seen[row] + counts[row]]
+        logits, _ = model(chunk, cache=cache)
+        assert cache.length.tolist() == [n + T for n in seen]
+        for row in range(rows):
+            expected = full[row, seen[row] : seen[row] + counts[row]]
+            torch.testing.assert_close(logits[row, : counts[row]], expected, rtol=1e-9, atol=1e-9)
+            seen[row] += counts[row]
+        cache.length = torch.tensor(seen)
+
+
+@torch.no_grad()
+def test_more_than_the_cache_holds_is_refused_and_changes_nothing() -> None:
+    model = network(SMALL)
+    ids = torch.arange(5)[None]
+    cache = KVCache(SMALL, 1, 5, dtype=torch.float64)
+    model(ids[:, :3], cache=cache)
+    with pytest.raises(ValueError, match="3 tokens after 3 do not fit a cache of 5"):
+        model(ids[:, :3], cache=cache)
+    logits, _ = model(ids[:, 3:], cache=cache)
+    torch.testing.assert_close(logits, model(ids)[0][:, 3:])
+    with pytest.raises(ValueError, match="do not fit a cache of 5"):
+        model(ids[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_more_tokens_at_once_than_the_cache_or_the_context_holds_are_refused(static: bool) -> None:
+    model = network(SMALL)
+    with pytest.raises(ValueError, match=r"6 tokens .* cache of 5"):
+        model(torch.zeros(1, 6, dtype=torch.int64), cache=KVCache(SMALL, 1, 5, dtype=torch.float64, static=static))
+    with pytest.raises(ValueError, match=r"13 tokens .* block_size of 12"):
+        model(torch.zeros(1, 13, dtype=torch.int64), cache=KVCache(SMALL, 1, 99, dtype=torch.float64, static=static))
+
+
+def test_more_tokens_than_positions_are_refused_though_the_cache_has_room() -> None:
+    model = network(SMALL)
+    cache = KVCache(SMALL, 1, 99, dtype=torch.float64)
+    model(torch.zeros(1, 10, dtype=torch.int64), cache=cache)
+    with pytest.raises(ValueError, match=r"13 tokens .* block_size of 12"):
+        model(torch.zeros(1, 3, dtype=torch.int64), cache=cache)
+
+
+# Generation
+
+
+def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
+    """900 tokens of a context of 1024, from prompts of different lengths, alone and together."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=500,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config.block_size == 1024 and ours.wte.weight.dtype == torch.float32
+
+    lengths = (1, 37, 100)
+    prompts = [torch.randint(500, (n,)).tolist() for n in lengths]
+    padded = torch.tensor([[0] * (100 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (100 - n) + [1] * n for n in lengths])
+    theirs_text = theirs.generate(
+        padded, attention_mask=mask, max_new_tokens=900, do_sample=False, pad_token_id=0, eos_token_id=None
+    )[:, 100:].tolist()
+    assert all(len(set(text)) > 50 for text in theirs_text), "texts that repeat themselves would show little"
+
+    assert write(Generation(ours, prompts, 900, temperature=0), 900) == theirs_text
+    alone = ours.generate(torch.tensor(prompts[1:2]), 900, temperature=0)
+    assert alone.tolist() == [prompts[1] + theirs_text[1]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), model=networks(), sampling=samplings(), seed=st.integers(0, 2**62), steps=st.integers(1, 30))
+def test_a_row_writes_what_it_writes_alone(
+    data: st.DataObject, model: GPT, sampling: dict[str, Any], seed: int, steps: int
+) -> None:
+    """Whatever stands beside it, whichever rows end when, within the context and past it."""
+    prompts = data.draw(st.lists(texts(model, longest=14), min_size=1, max_size=4))
+    numbers = data.draw(st.lists(st.integers(0, 1000), min_size=len(prompts), max_size=len(prompts), unique=True))
+    ends = data.draw(st.lists(st.integers(1, steps), min_size=len(prompts), max_size=len(prompts)))
+
+    alone = [
+        write(Generation(model, [prompt], steps, **sampling, seed=seed, row_numbers=[number]), steps)[0]
+        for prompt, number in zip(prompts, numbers)
+    ]
+    generation = Generation(model, prompts, steps, **sampling, seed=seed, row_numbers=numbers)
+    together: list[list[int]] = [[] for _ in prompts]
+    for step in range(1, steps + 1):
+        tokens, logprobs = generation.step()
+        assert len(tokens) == len(logprobs) == len(generation.live)
+        for row, token in zip(generation.live, tokens.tolist()):
+            together[row].append(token)
+        generation.end({row for row, end in enumerate(ends) if end <= step})  # some of them ended before
+        assert generation.live == [row for row, end in enumerate(ends) if end > step]
+        if not generation.live:
+            break
+    assert together == [text[:end] for text, end in zip(alone, ends)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), model=networks(), sampling=samplings(), seed=st.integers(0, 2**62))
+@torch.no_grad()
+def test_text_is_that_of_a_loop_without_a_cache(
+    data: st.DataObject, model: GPT, sampling: dict[str, Any], seed: int
+) -> None:
+    """Also past the context, from where every row goes on with half of it; log-probabilities included."""
+    prompts = data.draw(st.lists(texts(model, longest=14), min_size=1, max_size=3))
+    block_size, steps = model.config.block_size, 30
+    generation = Generation(model, prompts, steps, **sampling, seed=seed)
+    draws = generation.draws.clone()
+    written = [generation.step() for _ in range(steps)]
+    for row, prompt in enumerate(prompts):
+        context = prompt[-block_size:]
+        for step in range(steps):
+            if len(context) - 1 == block_size:  # the cache is full and the newest token waits
+                context = context[len(context) - 1 - block_size // 2 :]
+            logits = model(torch.tensor([context]), last_only=True)[0][:, 0].float()
+            token = sample_token(logits, draws[row, step : step + 1], **sampling).item()
+            assert written[step][0][row].item() == token
+            logprob = logits.double().log_softmax(-1)[0, token].item()
+            assert written[step][1][row].item() == pytest.approx(logprob, abs=1e-5)
+            context = [*context, token]
+
+
+def test_seeds_and_row_numbers() -> None:
+    model = network(SMALL)
+    prompts = [[1, 2], [1, 2]]
+
+    def text(**arguments: Any) -> list[list[int]]:
+        return write(Generation(model, prompts, 30, temperature=1.5, **arguments), 30)
+
+    first = text(seed=1)
+    assert first == text(seed=1) == text(seed=1, row_numbers=[0, 1])
+    assert first[0] != first[1], "two samples of one prompt differ"
+    assert text(seed=1, row_numbers=[1, 0]) == first[::-1]
+    others = [*text(seed=2), *text(seed=1, row_numbers=[2, 3]), *text(), *text()]
+    assert len({tuple(row) for row in first + others}) == 10
+
+
+def test_a_prompt_without_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="no token"):
+        Generation(network(SMALL), [[1], []], 5)
+
+
+def test_compiled_steps_write_the_same() -> None:
+    """Ragged rows, one ended half-way, past the context."""
+    model = network(replace(SMALL, n_layer=1))  # one layer, as compiling takes seconds a layer
+    sampling = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 3}
+    seen = []
+    for compile in (False, True):
+        generation = Generation(model, [[1, 2, 3, 4, 5], [6], [7, 8]], 40, **sampling, compile=compile)
+        before = [generation.step() for _ in range(20)]
+        generation.end({1})
+        after = [generation.step() for _ in range(20)]
+        assert generation.live == [0, 2] and all(len(tokens) == 2 for tokens, _ in after)
+        seen.append([torch.cat([values[i] for values in before + after]) for i in (0, 1)])
+    assert torch.equal(seen[0][0], seen[1][0])
+    torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-5, atol=1e-5)
+
+
+# Layouts of weights
+
+MIDDLE = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=64, initializer_range=0.1)
+
+
+@torch.no_grad()
+def test_packed_weights_give_the_same_logits() -> None:
+    """In bfloat16, whose rounding is 2**-8 of a value: both paths are as near to exact arithmetic."""
+    exact = network(MIDDLE).bfloat16().double()
+    plain, packed = network(MIDDLE).bfloat16(), network(MIDDLE).bfloat16()
+    try:
+        prepare(packed)
+    except (AttributeError, RuntimeError) as error:
+        pytest.skip(f"this build of PyTorch cannot pack: {error}")
+    assert isinstance(packed.h[0].mlp.c_fc, PackedLinear) and isinstance(packed.lm_head, PackedLinear)
+    for shape in ((1, 1), (3, 1), (2, 32)):
+        idx = torch.randint(300, shape)
+        logits, _ = exact(idx)
+        errors = [(model(idx)[0] - logits).square().mean().sqrt() / logits.std() for model in (plain, packed)]
+        assert errors[1] < 1.5 * errors[0] < 0.05
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_linear_is_the_linear(bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40, bias=bias).bfloat16()
+    try:
+        packed = PackedLinear(linear)
+    except (AttributeError, RuntimeError) as error:
+        pytest.skip(f"this build of PyTorch cannot pack: {error}")
+    for shape in ((1, 1), (2, 5)):
+        x = torch.randn(*shape, 96).bfloat16()
+        with torch.no_grad():
+            torch.testing.assert_close(packed(x).double(), linear.double()(x.double()), rtol=2**-7, atol=2**-9)
+        linear.bfloat16()
+
+
+def dequantised(weight: Tensor) -> Tensor:
+    """By the definition: 255 values from -max to max in every row."""
+    scale = weight.double().abs().amax(1, keepdim=True) / 127
+    return (weight.double() / scale).round().nan_to_num() * scale
+
+
+@pytest.mark.parametrize("width", [96, 40, 7])  # CPU kernels read 16 or 32 at a time
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+@torch.no_grad()
+def test_int8_linear_is_the_product_with_rounded_weights(
+    width: int, bias: bool, dtype: torch.dtype, precision: float
+) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(width, 40, bias=bias)
+    linear.weight *= torch.logspace(-3, 1, 40)[:, None]  # each output channel has a scale of its own
+    linear.weight[7] = 0
+    linear.to(dtype)
+    rounded = Int8Linear(linear)
+    assert rounded.weight.dtype == torch.int8
+    for shape in ((1, 1), (2, 5), (3, 2, 5)):
+        x = torch.randn(*shape, width).to(dtype)
+        y = rounded(x)
+        weight = dequantised(linear.weight)
+        expected = x.double() @ weight.t() + (linear.bias.double() if bias else 0)
+        summands = x.double().abs() @ weight.abs().t() + (linear.bias.double().abs() if bias else 0)
+        assert y.dtype == dtype
+        assert ((y.double() - expected).abs() <= precision * summands).all()
+        assert torch.equal(y[..., 7], (linear.bias[7] if bias else torch.zeros((), dtype=dtype)).expand(shape))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_int8_logits_are_near_the_exact_ones(tied: bool) -> None:
+    config = replace(MIDDLE, tie_word_embeddings=tied)
+    idx = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0))
+    exact, _ = network(config).float()(idx)
+    model = prepare(network(config).float(), int8=True)
+    assert sum(isinstance(module, Int8Linear) for module in model.modules()) == 4 * 2 + 1
+    rounded, _ = model(idx)
+    # A weight is off by up to 1/254 of its row's largest one, about a hundredth of a typical one.
+    assert 1e-3 < (rounded - exact).std() / exact.std() < 0.05
+
+    cache = KVCache(config, 2, 32)
+    cached = torch.cat(
+        [model(idx[:, :20], cache=cache)[0], *(model(idx[:, t : t + 1], cache=cache)[0] for t in range(20, 32))], 1
+    )
+    torch.testing.assert_close(cached, rounded, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_preparing_float32_changes_nothing() -> None:
+    idx = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0))
+    plain = network(MIDDLE).float()
+    assert torch.equal(prepare(network(MIDDLE).float())(idx)[0], plain(idx)[0])
