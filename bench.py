@@ -98,7 +98,7 @@ def bench_sample(args: argparse.Namespace) -> None:
     for name in args.dtypes:
         int8 = name == "int8"
         dtype = pick_dtype("auto" if int8 else name, device, training=False)
-        model = prepare(GPT(config).eval().to(device, dtype), int8)
+        model = prepare(GPT(config).eval().to(device, dtype), int8, args.compile)
         key = ("gpt2-scratch", "int8" if int8 else str(dtype).removeprefix("torch."))
         contenders[key] = lambda prompt, model=model: ours(
             model, prompt.tolist(), args.new_tokens, args.compile, device

@@ -44,18 +44,20 @@ class Int8Linear(nn.Module):
         if x.device.type == "cpu" and x.shape[-1] % 16 == 0:  # in bfloat16 the kernel reads 16 at a time, and beyond
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
         else:
-            y = x @ self.weight.to(x.dtype).t() * self.scale
+            y = x @ (self.weight.to(x.dtype) * self.scale[:, None]).t()
         return y if self.bias is None else y + self.bias
 
 
-def prepare(model: GPT, int8: bool = False) -> GPT:
+def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
     """Change a model in place for writing text; it can no longer be trained or saved.
 
     Args:
         int8: round the weights of all matrix products; else, on a CPU in bfloat16, only lay them out anew.
+        compile: its steps are going to be compiled, which lays weights out by itself.
     """
     kind = Int8Linear if int8 else PackedLinear
-    if int8 or (model.wte.weight.device.type == "cpu" and model.wte.weight.dtype == torch.bfloat16):
+    packs = model.wte.weight.device.type == "cpu" and model.wte.weight.dtype == torch.bfloat16 and not compile
+    if int8 or packs:
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):

@@ -13,9 +13,6 @@ class MetricsLog:
         step: where the run stands; lines of later steps, lost with a crash, are removed.
         settings: what Weights & Biases shows beside the curves.
         wandb_project: the project to send to; "": nowhere.
-
-    Raises:
-        ValueError: a project is named and the package wandb is not installed.
     """
 
     def __init__(self, run: Path, settings: dict, step: int, wandb_project: str = ""):
@@ -31,8 +28,6 @@ class MetricsLog:
             self.tensorboard = SummaryWriter(str(run))
         self.wandb = None
         if wandb_project:
-            if not importlib.util.find_spec("wandb"):
-                raise ValueError("wandb_project is set, but wandb is not installed; pip install wandb")
             import wandb
 
             self.wandb = wandb.init(project=wandb_project, name=run.name, config=settings, resume="allow")

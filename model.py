@@ -224,9 +224,9 @@ class Past:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values (B, n_head, T, head_dim); those to attend to (B, n_head, S, head_dim)."""
-        where = self.positions[:, None, :, None].expand_as(k)
-        self.k[layer].scatter_(2, where, k)
-        self.v[layer].scatter_(2, where, v)
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.k[layer].transpose(1, 2)[rows, self.positions] = k.transpose(1, 2)  # (B, T, n_head, head_dim)
+        self.v[layer].transpose(1, 2)[rows, self.positions] = v.transpose(1, 2)
         if self.mask is None:
             return k, v
         S = self.mask.shape[-1]
@@ -325,6 +325,8 @@ class GPT(nn.Module):
 
     def generate(self, idx: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
         """idx (B, T) with its continuation, (B, T + max_new_tokens); keyword arguments as of `Generation`."""
+        if max_new_tokens == 0:
+            return idx
         writing = Generation(self, idx.tolist(), max_new_tokens, **sampling)
         return torch.cat([idx, *(writing.step()[0][:, None] for _ in range(max_new_tokens))], dim=1)
 
@@ -456,8 +458,10 @@ class Generation:
         row_numbers: list[int] | None = None,
         compile: bool = False,
     ):
-        if not all(prompts):
-            raise ValueError("a prompt has no token; begin it with <|endoftext|>")
+        if not prompts or not all(prompts):
+            raise ValueError("there is no prompt, or one has no token; begin it with <|endoftext|>")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
         if not (temperature >= 0 and (top_k is None or top_k > 0) and (top_p is None or 0 < top_p <= 1)):
             raise ValueError(f"temperature {temperature}, top_k {top_k} or top_p {top_p} is out of range")
         self.model = model

@@ -17,7 +17,7 @@ from model import GPT, Generation
 from runtime import describe, pick_device, pick_dtype, run_script
 from tokenizer import Tokenizer, load_tokenizer
 
-# CUDA graphs and compiled kernels take about half a minute to make; shorter texts are done by then.
+# Compiling takes about half a minute: on CUDA long texts repay it, on a CPU none does (it gained nothing there).
 COMPILE_FROM_TOKENS = {"cuda": 2000, "cpu": math.inf, "mps": math.inf}
 
 
@@ -152,7 +152,10 @@ class Writer:
         self.device = pick_device(args.device)
         int8 = args.dtype == "int8"
         dtype = pick_dtype("auto" if int8 else args.dtype, self.device, training=False)
-        self.model = prepare(GPT.from_pretrained(source, dtype=dtype, device=self.device), int8)
+        self.compile = args.compile
+        if self.compile is None:
+            self.compile = args.max_new_tokens >= COMPILE_FROM_TOKENS[self.device.type]
+        self.model = prepare(GPT.from_pretrained(source, dtype=dtype, device=self.device), int8, self.compile)
         self.tokenizer = load_tokenizer(source)
         kind = "int8" if int8 else str(dtype).removeprefix("torch.")
         print(f"{source} on {describe(self.device)} in {kind}", file=sys.stderr)
@@ -179,9 +182,7 @@ class Writer:
             top_p=args.top_p,
             seed=self.seed,
             row_numbers=row_numbers,
-            compile=args.max_new_tokens >= COMPILE_FROM_TOKENS[self.device.type]
-            if args.compile is None
-            else args.compile,
+            compile=self.compile,
         )
         return generation, [RowText(self.tokenizer, args.stop, args.ignore_eot) for _ in prompts]
 
@@ -280,8 +281,8 @@ def sample(args: argparse.Namespace) -> None:
     if args.prompts_file:
         if not args.prompts_file.is_file():
             raise ValueError(f"there is no file {args.prompts_file}")
-        prompts = args.prompts_file.read_text(encoding="utf-8").splitlines()
-        if not prompts:
+        prompts = args.prompts_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        if prompts == [""]:
             raise ValueError(f"{args.prompts_file} has no line")
     writer = Writer(args)
     if args.interactive:

@@ -1,5 +1,6 @@
 """Train a GPT: `python train.py [CONFIG.toml] [--key value ...]`, under torchrun for several processes."""
 
+import importlib.util
 import platform
 import subprocess
 import sys
@@ -166,9 +167,11 @@ def open_run(run: Path, cfg: TrainConfig, rt: Runtime) -> Path | None:
     """The checkpoint to continue from, or None for a new run.
 
     Raises:
-        ValueError: the run exists and is not to be continued.
+        ValueError: the run exists and is not to be continued, or what logs it is not installed.
     """
     found = checkpoints(run)
+    if cfg.wandb_project and not importlib.util.find_spec("wandb"):
+        raise ValueError("wandb_project is set, but wandb is not installed; pip install wandb")
     if run.exists() and any(run.iterdir()) and not cfg.resume:
         raise ValueError(f"{run} holds a run already; add --resume to continue it, or --run_name NAME for another")
     return found[-1] if found else None

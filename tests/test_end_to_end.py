@@ -134,6 +134,7 @@ def test_batch_that_does_not_divide_is_refused(workplace: Path) -> None:
         (["--block_size", "100000"], "fewer than one window"),
         (["--device", "tpu"], "is not one of auto"),
         (["--init_from", "nowhere"], "nowhere has no config.json"),
+        (["--wandb_project", "x"], "wandb is not installed"),
         (["--n_head", "3"], "n_embd 32 is not a multiple of n_head 3"),
     ],
 )
