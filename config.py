@@ -60,6 +60,8 @@ class TrainConfig:
     """Steps over which the learning rate rises to its peak."""
     schedule: Literal["cosine", "linear", "wsd"] = "cosine"
     """How it falls after that; wsd: level, then linear over the last fifth of the run."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices of the blocks, AdamW for the rest."""
     weight_decay: NonNegativeFloat = 0.1
     """Of matrices, embeddings among them."""
     beta1: ClosedUnitInterval = 0.9

@@ -1,36 +1,102 @@
-"""Parameter groups, optimizer and learning-rate schedule."""
+"""Parameter groups, AdamW and Muon, learning-rate schedules."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
+from torch import Tensor
 
-SCHEDULES = ("cosine", "linear", "wsd")
 
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
     """Matrices (embeddings among them) decay; biases and LayerNorm parameters do not.
+
+    Args:
+        muon: put the matrices of the blocks in a group of their own, marked `muon`.
 
     Raises:
         AssertionError: if a parameter is not in exactly one group.
     """
-    params = list(model.parameters())
+    named = list(model.named_parameters())
+    blocks = [p for name, p in named if muon and name.startswith("h.") and p.dim() == 2]
+    rest = [p for name, p in named if not (muon and name.startswith("h.") and p.dim() == 2)]
     groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "muon": False},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "muon": False},
     ]
+    if blocks:
+        groups.append({"params": blocks, "weight_decay": weight_decay, "muon": True})
     grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(map(id, params)), "every parameter must be in exactly one group"
+    assert sorted(grouped) == sorted(id(p) for _, p in named), "every parameter must be in exactly one group"
     return groups
 
 
 def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, beta1: float, beta2: float
+    model: nn.Module, name: str, learning_rate: float, weight_decay: float, beta1: float, beta2: float
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) as one fused kernel where the device has it, eps 1e-8."""
-    groups = parameter_groups(model, weight_decay)
+    """ "adamw" (Loshchilov and Hutter, 2019) as one fused kernel where the device has it, or "muon"; eps 1e-8."""
+    groups = parameter_groups(model, weight_decay, name == "muon")
     fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-8, fused=fused)
+    kind = Muon if name == "muon" else torch.optim.AdamW
+    return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-8, fused=fused)
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the groups marked `muon`, AdamW for the others.
+
+    The momentum of a matrix's gradient, made nearly orthogonal, is its update (Jordan et al., "Muon: An
+    optimizer for hidden layers in neural networks", 2024), scaled to the size of AdamW's so that both share a
+    learning rate (Liu et al., "Muon is Scalable for LLM Training", 2025, section 2.2). torch.optim.Muon does
+    it matrix by matrix in bfloat16, which takes seconds a step on a CPU without AMX; here all matrices of a
+    shape go through one batched product, in bfloat16 on CUDA only.
+    """
+
+    def __init__(self, groups: list[dict], **adamw: Any):
+        super().__init__(groups, **adamw)
+        self._step_supports_amp_scaling = False  # a scaler must skip the whole step, not AdamW's share of it
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient."""
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            shapes = {p.shape for p in group["params"]} if group["muon"] else ()
+            for shape in sorted(shapes):
+                params = [p for p in group["params"] if p.shape == shape and p.grad is not None]
+                if params:
+                    self._update(params, group)
+
+    def _update(self, params: list[Tensor], group: dict, momentum: float = 0.95) -> None:
+        """Update matrices of one shape (rows, columns)."""
+        for p in params:
+            if not self.state[p]:
+                # The step is not used; AdamW's load_state_dict looks for one in every state.
+                self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+        buffers = [self.state[p]["momentum"] for p in params]
+        grads = [p.grad for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        mixed = torch.stack(grads).lerp(torch.stack(buffers), momentum)  # Nesterov; (n, rows, columns)
+        size = 0.2 * max(mixed.shape[1:]) ** 0.5
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, list(orthogonalize(mixed).unbind()), alpha=-group["lr"] * size)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """Matrices (n, rows, columns) with their singular values brought near 1, between about 0.7 and 1.2.
+
+    Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. (2024).
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    wide = x.shape[1] <= x.shape[2]
+    x = x if wide else x.transpose(1, 2)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        gram = x @ x.transpose(1, 2)  # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x if wide else x.transpose(1, 2)).to(matrices.dtype)
 
 
 def learning_rate_at(

@@ -45,7 +45,7 @@ def train(cfg: TrainConfig) -> None:
     dtype = pick_dtype(cfg.dtype, rt.device)
     autocast = torch.autocast(rt.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
-    optimizer = make_optimizer(model, cfg.learning_rate, cfg.weight_decay, cfg.beta1, cfg.beta2)
+    optimizer = make_optimizer(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, cfg.beta1, cfg.beta2)
     step = 0
     if checkpoint:
         state = load_state(checkpoint)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model import GPT, GPTConfig
-from optim import learning_rate_at, make_optimizer, parameter_groups
+from optim import learning_rate_at, make_optimizer, orthogonalize, parameter_groups
 
 QUICK = settings(max_examples=50, deadline=None)
 SCHEDULES = ["cosine", "linear", "wsd"]
@@ -89,6 +89,46 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay() -> None:
         assert decay_of[id(parameter)] == (0.1 if matrix else 0.0), name
 
 
+def test_muon_takes_the_matrices_of_the_blocks_and_no_more() -> None:
+    model = small_gpt()
+    groups = parameter_groups(model, weight_decay=0.1, muon=True)
+    chosen = {id(p) for group in groups if group["muon"] for p in group["params"]}
+    assert chosen == {id(p) for name, p in model.named_parameters() if name.startswith("h.") and p.dim() == 2}
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 24), (24, 6)])
+def test_orthogonalize_keeps_directions_and_levels_singular_values(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape, dtype=torch.float64)
+    for drawn, made in zip(matrices, orthogonalize(matrices)):
+        u, s, vh = torch.linalg.svd(drawn, full_matrices=False)
+        values = torch.diagonal(u.T @ made @ vh.T)
+        assert torch.allclose(u @ torch.diag(values) @ vh, made, atol=1e-9), "singular vectors stay"
+        assert values[s > 0.02 * s[0]].min() > 0.6 and values.max() < 1.3
+
+
+def test_muon_steps_are_near_torchs_own() -> None:
+    """torch.optim.Muon, in bfloat16 and one matrix at a time, on the blocks; AdamW, exactly, on the rest."""
+    rate, decay = 0.02, 0.1
+    model, twin = small_gpt(), small_gpt()
+    twin.load_state_dict(model.state_dict())
+    ours = make_optimizer(model, "muon", rate, decay, 0.9, 0.95)
+    blocks = [p for name, p in twin.named_parameters() if name.startswith("h.") and p.dim() == 2]
+    muon = torch.optim.Muon(blocks, lr=rate, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    rest = [group for group in parameter_groups(twin, decay, muon=True) if not group["muon"]]
+    adamw = torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.95), eps=1e-8)
+    for _ in range(3):
+        for p, other in zip(model.parameters(), twin.parameters()):
+            p.grad = torch.randn_like(p)
+            other.grad = p.grad.clone()
+        for optimizer in (ours, muon, adamw):
+            optimizer.step()
+    for (name, p), other in zip(model.named_parameters(), twin.parameters()):
+        moved = 3 * rate * 0.2 * max(p.shape) ** 0.5
+        tolerance = 0.05 * moved if name.startswith("h.") and p.dim() == 2 else 1e-6
+        assert (p - other).abs().max() < tolerance, name
+
+
 def test_tied_weights_are_updated_once() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
     model[1].weight = model[0].weight
@@ -99,7 +139,7 @@ def test_optimizer_steps_are_those_of_the_paper() -> None:
     """AdamW (Loshchilov and Hutter, 2019, algorithm 2), by hand in Python's float64, three steps."""
     rate, decay, beta1, beta2, eps = 0.02, 0.3, 0.9, 0.95, 1e-8
     model = nn.Linear(3, 2).double()
-    optimizer = make_optimizer(model, rate, decay, beta1, beta2)
+    optimizer = make_optimizer(model, "adamw", rate, decay, beta1, beta2)
     start = {name: p.detach().flatten().tolist() for name, p in model.named_parameters()}
     gradients = {name: torch.randn(3, p.numel(), dtype=torch.float64).tolist() for name, p in model.named_parameters()}
     for step in range(3):
