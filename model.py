@@ -486,6 +486,8 @@ class Generation:
         longest = max(self.totals)
         padded = [prompt + [0] * (longest + max_new_tokens - len(prompt)) for prompt in prompts]
         self.ids = torch.tensor(padded, device=self.device)  # (B, longest + max_new_tokens)
+        self.rows = torch.arange(len(prompts), device=self.device)
+        self.column = torch.tensor(self.totals, device=self.device)  # of `ids`, where a row's next token goes
         max_len = min(longest + max_new_tokens, model.config.block_size)
         dtype = model.wte.weight.dtype
         self.cache = KVCache(model.config, len(prompts), max_len, dtype=dtype, device=self.device, static=compile)
@@ -497,7 +499,7 @@ class Generation:
                 torch._dynamo.mark_static_address(buffer)
             mode = "reduce-overhead" if self.device.type == "cuda" else "default"
             self.decode = torch.compile(self._decode, mode=mode)
-        self.coming = self._next(self.ids[range(len(prompts)), [total - 1 for total in self.totals]])
+        self.coming = self._next(self.ids[self.rows, self.column - 1])
 
     @torch.inference_mode()
     def step(self) -> tuple[Tensor, Tensor]:
@@ -505,6 +507,8 @@ class Generation:
         tokens, logprobs = self.coming
         if self.steps < self.draws.shape[1]:
             self.coming = self._next(tokens)  # launched before the caller waits for these, so no time is lost
+        if len(self.slots) == len(tokens):
+            return tokens, logprobs
         return tokens[self.slots], logprobs[self.slots]
 
     @torch.inference_mode()
@@ -518,6 +522,7 @@ class Generation:
         cache, slots = self.cache, torch.tensor(self.slots, device=self.device)
         cache.k, cache.v, cache.length = cache.k[:, slots], cache.v[:, slots], cache.length[slots]
         self.ids, self.draws = self.ids[slots], self.draws[slots]
+        self.rows, self.column = self.rows[: len(slots)], self.column[slots]
         self.coming = (self.coming[0][slots], self.coming[1][slots])
         self.totals = [self.totals[i] for i in self.slots]
         self.cached = [self.cached[i] for i in self.slots]
@@ -536,8 +541,8 @@ class Generation:
             tokens, logprobs = tokens.clone(), logprobs.clone()
         self.steps += 1
         self.cached = [cached + 1 for cached in self.cached]
-        where = torch.tensor(self.totals).to(self.device, non_blocking=True)
-        self.ids.scatter_(1, where[:, None], tokens[:, None])
+        self.ids[self.rows, self.column] = tokens
+        self.column += 1
         self.totals = [total + 1 for total in self.totals]
         return tokens, logprobs
 
@@ -744,23 +749,42 @@ def _open_weights(name_or_dir: str | Path, revision: str | None) -> dict[str, Ca
 
 
 def _open_file(path: Path) -> dict[str, Callable[[], Tensor]]:
+    """A function for each tensor of a file. The pages of a mapped file count as memory until it is closed, so
+    files are opened anew as reading goes on."""
     if path.suffix == ".safetensors":
 
-        def read(key: str) -> Tensor:
-            # Opened anew for each tensor: the pages of a mapped file count as memory until it is closed.
+        def read_safetensors(key: str) -> Tensor:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(key)
 
         try:
             with safe_open(path, framework="pt") as file:
-                return {key: partial(read, key) for key in file.keys()}
+                return {key: partial(read_safetensors, key) for key in file.keys()}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+
+    state, mapped = _load_pickle(path)
+    if not mapped:
+        return {key: partial(state.pop, key) for key in list(state)}
+    n_read, limit = 0, path.stat().st_size // 10
+
+    def read_pickle(key: str) -> Tensor:
+        nonlocal state, n_read
+        if n_read > limit:
+            state, n_read = _load_pickle(path)[0], 0
+        n_read += state[key].nbytes
+        return state[key]
+
+    return {key: partial(read_pickle, key) for key in state}
+
+
+def _load_pickle(path: Path) -> tuple[dict[str, Tensor], bool]:
+    """The tensors of a PyTorch file, and whether they are mapped from it rather than in memory."""
     try:
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state, mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True), True
         except RuntimeError:  # the format before torch 1.6, which cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state, mapped = torch.load(path, map_location="cpu", weights_only=True), False
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors or is damaged; it was not opened, as it could run code"
@@ -769,7 +793,7 @@ def _open_file(path: Path) -> dict[str, Callable[[], Tensor]]:
         raise ValueError(f"{path} is damaged or no PyTorch file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} is not a dictionary of tensors")
-    return {key: partial(state.pop, key) for key in list(state)}
+    return state, mapped
 
 
 def _read_json(path: Path) -> dict[str, Any]:
