@@ -56,8 +56,9 @@ def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
         compile: its steps are going to be compiled, which lays weights out by itself.
     """
     kind = Int8Linear if int8 else PackedLinear
-    packs = model.wte.weight.device.type == "cpu" and model.wte.weight.dtype == torch.bfloat16 and not compile
-    if int8 or packs:
+    weight = model.wte.weight
+    eager = weight.device.type == "cpu" and not compile and torch.backends.mkldnn.is_available()
+    if int8 or (eager and weight.dtype == torch.bfloat16):
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
