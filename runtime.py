@@ -75,8 +75,7 @@ def start(device: str = "auto") -> Runtime:
     picked = pick_device(device, local_rank)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
-        torch.backends.cuda.matmul.allow_tf32 = True  # float32 products outside autocast
-        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")  # TF32 for float32 products outside autocast
     if world_size > 1:
         dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     return Runtime(picked, rank, local_rank, world_size)
