@@ -281,7 +281,10 @@ def sample(args: argparse.Namespace) -> None:
     if args.prompts_file:
         if not args.prompts_file.is_file():
             raise ValueError(f"there is no file {args.prompts_file}")
-        prompts = args.prompts_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        try:
+            prompts = args.prompts_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.prompts_file} is not UTF-8; convert it") from error
         if prompts == [""]:
             raise ValueError(f"{args.prompts_file} has no line")
     writer = Writer(args)

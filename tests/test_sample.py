@@ -294,11 +294,11 @@ def test_dtypes_write_this_models_text_alike(
     assert seen.out == expected.out and len(set(seen.out)) > 4
 
 
-@pytest.mark.parametrize("content", [None, ""])
-def test_no_prompts(content: str | None, run: Callable[..., None], tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, b"caf\xe9\n", b""])
+def test_no_prompts(content: bytes | None, run: Callable[..., None], tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content)
     with pytest.raises(ValueError, match=r"prompts\.txt"):
         run("--prompts_file", path, "--output", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
