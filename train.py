@@ -296,7 +296,7 @@ def write_passage(model: GPT, tokenizer: Tokenizer, max_new_tokens: int = 400) -
     model.eval()
     writing = Generation(model, [[tokenizer.eot]], max_new_tokens, temperature=0.8, top_k=200, top_p=0.95)
     ids = [writing.step()[0].item() for _ in range(max_new_tokens)]
-    print(tokenizer.decode(ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids))
+    print(tokenizer.decode(ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids).strip())
 
 
 def versions() -> list[str]:
