@@ -766,7 +766,7 @@ def _open_file(path: Path) -> dict[str, Callable[[], Tensor]]:
     state, mapped = _load_pickle(path)
     if not mapped:
         return {key: partial(state.pop, key) for key in list(state)}
-    n_read, limit = 0, path.stat().st_size // 10
+    n_read, limit = 0, path.stat().st_size // 50
 
     def read_pickle(key: str) -> Tensor:
         nonlocal state, n_read
