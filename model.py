@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pickle
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -764,11 +765,15 @@ def _open_file(path: Path) -> dict[str, Callable[[], Tensor]]:
             raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
 
     state, mapped = _load_pickle(path)
-    if not mapped:
-        return {key: partial(state.pop, key) for key in list(state)}
+    copy = None
+    if not mapped:  # write it anew in the format that can be, or memory would hold the weights twice in part
+        copy = tempfile.TemporaryDirectory()
+        path = Path(copy.name) / path.name
+        torch.save(state, path)
+        state, _ = _load_pickle(path)
     n_read, limit = 0, path.stat().st_size // 50
 
-    def read_pickle(key: str) -> Tensor:
+    def read_pickle(key: str, copy: tempfile.TemporaryDirectory | None = copy) -> Tensor:  # keeps the copy alive
         nonlocal state, n_read
         if n_read > limit:
             state, n_read = _load_pickle(path)[0], 0
