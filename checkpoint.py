@@ -1,21 +1,46 @@
-"""A run's checkpoints: `out/<run>/checkpoints/step_00002000/`, each a Hugging Face model folder."""
+"""A run's checkpoints: `out/<run>/checkpoints/step_00002000/`, each a Hugging Face model folder.
 
+A checkpoint is written beside its place, synced to the disk and only then renamed into it. The SHA-256 of each
+of its files stands in SHA256SUMS, which `sha256sum -c` reads, so that a damaged one is known and passed over.
+"""
+
+import fcntl
+import hashlib
 import os
+import re
 import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
 
 from model import GPT
 from tokenizer import Tokenizer
 
 STATE_FILE = "trainer_state.pt"
+SUMS_FILE = "SHA256SUMS"
+LOCK_FILE = ".lock"
+STATE_KEYS = {"progress", "settings", "data", "optimizer", "scaler"}
+
+
+def warn(message: str) -> None:
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, if there is one
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    return sorted(path for path in (run / "checkpoints").glob("step_*") if (path / STATE_FILE).is_file())
+    """The complete checkpoints of a run, oldest first; `damage` tells whether one is still sound."""
+    found = (path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+    return sorted((path for path in found if (path / SUMS_FILE).is_file()), key=step_of)
 
 
 def newest_checkpoint(out: Path) -> Path | None:
@@ -24,31 +49,195 @@ def newest_checkpoint(out: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def save_checkpoint(run: Path, step: int, model: GPT, tokenizer: Tokenizer, state: dict[str, Any], keep: int) -> Path:
-    """Write a checkpoint beside its place, rename it into it, and delete all but the newest `keep`."""
-    final = run / "checkpoints" / f"step_{step:08d}"
-    partial = final.with_name(f".{final.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    torch.save(state, partial / STATE_FILE)
-    shutil.rmtree(final, ignore_errors=True)  # the same step again, after a resume from an older one
-    os.replace(partial, final)
-    for old in checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
-    return final
+def newest_sound_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written, with a warning for each that is passed over.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    found = checkpoints(run)
+    for path in reversed(found):
+        problem = damage(path)
+        if problem is None:
+            return path
+        warn(f"{path} is damaged ({problem}); looking for the one before")
+    if found:
+        raise ValueError(f"every checkpoint of {run} is damaged; begin again with another --run_name")
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        lines = (checkpoint / SUMS_FILE).read_text(encoding="utf-8").splitlines()
+        listed = {match[2]: match[1] for line in lines if (match := re.fullmatch(r"([0-9a-f]{64})  ([\w.-]+)", line))}
+        if len(listed) != len(lines) or not {"config.json", "model.safetensors", STATE_FILE} <= listed.keys():
+            return f"{SUMS_FILE} is not a list of its files"
+        for name, digest in listed.items():
+            if sha256(checkpoint / name) != digest:
+                return f"the SHA-256 of {name} is not that of {SUMS_FILE}"
+    except (OSError, UnicodeDecodeError) as error:
+        return str(error)
+    return None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as `state`. Tensors are on the CPU.
+    """What `CheckpointWriter.save` was given as `state`. Tensors are on the CPU.
 
     Raises:
         ValueError: the file is damaged or holds anything but tensors and plain values.
     """
+    path = checkpoint / STATE_FILE
     try:
-        return torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds on a damaged file
-        raise ValueError(
-            f"{checkpoint / STATE_FILE} cannot be read; delete {checkpoint} to use the one before"
-        ) from error
+        raise ValueError(f"{path} cannot be read; delete {checkpoint} to use the one before") from error
+    if not isinstance(state, dict) or not STATE_KEYS <= state.keys():
+        raise ValueError(f"{path} is not the state of a run; delete {checkpoint} to use the one before")
+    return state
+
+
+def begun_by_this_launch(run: Path) -> bool:
+    """Whether the torchrun that started this process, perhaps again after a failure, began the run."""
+    try:
+        return bool(_launch()) and (run / LOCK_FILE).read_text() == _launch()
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _launch() -> str:
+    """What tells this torchrun from others; "" without one."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"{run_id} {os.getppid()}" if run_id else ""
+
+
+class CheckpointWriter(AbstractContextManager):
+    """Writes the checkpoints of a run in a thread: training waits for the copy to host memory only.
+
+    A write that fails is reported and leaves the earlier checkpoints whole; the next `save` tries again. A run
+    has one writer at a time, in all processes; leaving the context waits for the write that goes on.
+
+    Args:
+        run: the run's folder.
+        tokenizer: saved with each checkpoint.
+        keep: how many checkpoints to keep, the newest ones.
+        saved_step: the step of the checkpoint that the run continues from.
+
+    Attributes:
+        before: called in the thread before a checkpoint takes its place; what it raises, fails the write.
+
+    Raises:
+        ValueError: another process writes the run.
+    """
+
+    def __init__(self, run: Path, tokenizer: Tokenizer, keep: int, saved_step: int | None):
+        self.folder = run / "checkpoints"
+        self.tokenizer, self.keep, self.saved_step = tokenizer, keep, saved_step
+        self.before: Callable[[], None] = lambda: None
+        self.lock = (run / LOCK_FILE).open("a+")  # open files lose their locks when their process ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training {run}; end that one first") from error
+        except OSError:
+            pass  # a file system without locks
+        self.lock.truncate(0)
+        self.lock.write(_launch())
+        self.lock.flush()
+        self.error: Exception | None = None  # of the newest write, if it failed
+        self.host_model: GPT | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self.writing: Future | None = None
+        for partial in self.folder.glob(".step_*"):  # of a process that was killed
+            shutil.rmtree(partial)
+
+    def save(self, step: int, model: GPT, state: dict[str, Any], wait: bool = False) -> None:
+        """Copy a model and the state beside it, and leave the writing to the thread.
+
+        Args:
+            wait: for the write before this one; otherwise this one is left out while that one lasts.
+        """
+        if self.writing and not self.writing.done():
+            if not wait:
+                warn(f"no checkpoint of step {step}: the disk is still busy with that of step {self.writing_step}")
+                return
+            self.wait()
+        if step == self.saved_step:
+            return
+        if self.host_model is None:
+            with torch.device("meta"):
+                self.host_model = GPT(model.config)
+            self.host_model.to_empty(device="cpu")
+            if model.config.tie_word_embeddings:
+                self.host_model.lm_head.weight = self.host_model.wte.weight
+        self.host_model.load_state_dict(model.state_dict())
+        self.writing_step = step
+        self.writing = self.thread.submit(self._write, step, _on_host(state))
+
+    def wait(self) -> None:
+        """Until no write goes on."""
+        if self.writing:
+            self.writing.result()
+
+    def __exit__(self, *_: Any) -> None:
+        self.thread.shutdown()
+        self.lock.close()
+
+    def close(self) -> None:
+        """Wait for the last write.
+
+        Raises:
+            OSError: it failed.
+        """
+        self.wait()
+        if self.error:
+            raise OSError(f"the last checkpoint, of step {self.writing_step}, could not be written: {self.error}")
+
+    def _write(self, step: int, state: dict[str, Any]) -> None:
+        final = self.folder / f"step_{step:08d}"
+        partial = final.with_name(f".{final.name}")
+        try:
+            partial.mkdir(parents=True)
+            self.host_model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)
+            torch.save(state, partial / STATE_FILE)
+            files = sorted(partial.iterdir())
+            (partial / SUMS_FILE).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
+            for path in (*files, partial / SUMS_FILE, partial):
+                _sync(path)
+            self.before()
+            shutil.rmtree(final, ignore_errors=True)  # one that was damaged, so that the run began before it
+            os.replace(partial, final)
+            _sync(self.folder)
+            self.error, self.saved_step = None, step
+            for old in [path for path in checkpoints(self.folder.parent) if step_of(path) <= step][: -self.keep]:
+                doomed = old.with_name(f".{old.name}")
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+        except Exception as error:  # safetensors and torch have kinds of their own for a full disk
+            self.error = error
+            shutil.rmtree(partial, ignore_errors=True)
+            warn(f"no checkpoint of step {step}: {error}; training goes on, the earlier checkpoints are whole")
+
+
+def _on_host(value: Any) -> Any:
+    """A copy in host memory of a tensor, or of the tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _on_host(item) for key, item in value.items()}
+    return [_on_host(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -91,7 +92,11 @@ class TrainConfig:
     compile: bool = True
     """Compile the model with torch.compile; where no compiler works, a warning and eager."""
     verify_data: bool = True
-    """Check the SHA-256 of every shard at the start."""
+    """Check the SHA-256 of every shard at the start; sizes are checked always."""
+    timeout: PositiveInt = 600
+    """Seconds that a process waits for the others before it gives up."""
+    max_bad_steps: PositiveInt = 20
+    """Steps in a row with a non-finite loss or gradient, each left out, after which the run ends."""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -106,19 +111,47 @@ class TrainConfig:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
 
+    def plain(self) -> dict[str, Any]:
+        """The settings as plain values; jsonargparse gives its own kinds of number."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def check_resumable(self, before: dict[str, Any], run: Path) -> list[str]:
+        """What a resumed run changes of its settings, a sentence each.
+
+        Args:
+            before: the settings that it had.
+
+        Raises:
+            ValueError: a change would make it another run.
+        """
+        now = self.plain()
+        changed = [name for name in now if name in before and before[name] != now[name]]
+        if fixed := [name for name in changed if name not in CHANGEABLE]:
+            was, is_now = (", ".join(f"{name} {values[name]!r}" for name in fixed) for values in (before, now))
+            raise ValueError(
+                f"{run} was made with {was}; now it is {is_now}, which would be another run: resume with what it had "
+                f"({run / 'config.toml'}), or begin one with --run_name NAME"
+            )
+        notes = [f"{name} was {before[name]!r}, is now {now[name]!r}" for name in changed if name != "resume"]
+        if "max_steps" in changed:
+            notes.append(f"the {self.schedule} schedule now ends at step {self.max_steps}")
+        return notes
+
     def save(self, path: Path, notes: list[str]) -> None:
         """Write every setting as a config file that train.py reads, under notes as comments."""
         comments = "".join(f"# {note}\n" for note in notes)
         # Plain JSON values are TOML values, but for surrogate escapes and a bare DEL.
         pairs = [(name, json.dumps(value, ensure_ascii=False)) for name, value in dataclasses.asdict(self).items()]
         values = "".join(f"{name} = {value}\n" for name, value in pairs).replace("\x7f", "\\u007f")
-        path.write_text(comments + values, encoding="utf-8")
+        partial = path.with_name(f".{path.name}")
+        partial.write_text(comments + values, encoding="utf-8")
+        os.replace(partial, path)
 
 
 def parse_config(argv: list[str]) -> TrainConfig:
     """The settings of `train.py [CONFIG.toml] [--key value ...]`; a flag overrides the file.
 
-    Bad usage prints one sentence and exits with code 2.
+    Bad usage prints one sentence, in the first process, and exits with code 2.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -144,14 +177,20 @@ def parse_config(argv: list[str]) -> TrainConfig:
         values = parser.parse_args(["--config", file, *flags])
         del values["config"]
         return TrainConfig(**values)
-    except UnicodeDecodeError:
-        sys.stderr.write(f"error: {file} is not UTF-8\n")
-        sys.exit(2)
     except (ValueError, argparse.ArgumentError) as error:
-        sys.stderr.write(f"error: {_one_sentence(str(error), file)}\n")
-        sys.exit(2)
+        undecodable = isinstance(error, UnicodeDecodeError)
+        message = f"{file} is not UTF-8" if undecodable else _one_sentence(str(error), file)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"error: {message}\n")
+    sys.exit(2)
 
 
+# A resumed run may change these: they say where and how often, not what is computed.
+CHANGEABLE = {
+    *("data", "run_name", "resume", "batch_size", "max_steps", "device", "compile", "verify_data", "timeout"),
+    *("max_bad_steps", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval"),
+    "wandb_project",
+}
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 SWITCHES = [f"--{field.name}" for field in dataclasses.fields(TrainConfig) if field.type is bool]
 KINDS = {

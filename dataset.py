@@ -73,17 +73,24 @@ def read_meta(directory: str | Path) -> dict:
     if not path.is_file():
         raise ValueError(f"there is no data at {directory} ({path.name} is missing); make it with prepare_data.py")
     try:
-        meta = json.loads(path.read_text())
-        assert isinstance(meta["tokenizer"], str) and isinstance(meta["vocab_size"], int)
-        for split in ("train", "val"):
-            for entry in meta["shards"][split]:
-                assert isinstance(entry["file"], str) and entry["file"] == Path(entry["file"]).name
-                assert isinstance(entry["tokens"], int) and isinstance(entry["sha256"], str)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(
-            f"{path} is not a description of token shards; make the data again with prepare_data.py"
-        ) from error
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        entries = [*meta["shards"]["train"], *meta["shards"]["val"]]
+        sound = all(
+            [isinstance(meta["tokenizer"], str), type(meta["vocab_size"]) is int]
+            + [isinstance(entry["file"], str) and Path(entry["file"]).name == entry["file"] for entry in entries]
+            + [type(entry["tokens"]) is int and isinstance(entry["sha256"], str) for entry in entries]
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path} is not a description of token shards; make the data again with prepare_data.py")
     return meta
+
+
+def fingerprint(meta: dict) -> str:
+    """A sum that two data folders share when they hold the same tokens in the same shards."""
+    known = {name: meta[name] for name in ("tokenizer", "vocab_size", "shards")}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 def open_shard(path: Path, tokens: int | None = None, sha256: str | None = None) -> np.ndarray:
@@ -128,13 +135,13 @@ class TokenDataset:
 
     def __init__(self, directory: str | Path, split: str, block_size: int, verify: bool = True):
         meta = read_meta(directory)
-        self.block_size = block_size
+        self.block_size, self.vocab_size = block_size, meta["vocab_size"]
+        self.paths = [Path(directory) / entry["file"] for entry in meta["shards"][split]]
         self.shards = []
-        for entry in meta["shards"][split]:
-            path = Path(directory) / entry["file"]
+        for path, entry in zip(self.paths, meta["shards"][split]):
             shard = open_shard(path, entry["tokens"], entry["sha256"] if verify else None)
-            if verify and len(shard) and int(shard.max()) >= meta["vocab_size"]:
-                raise ValueError(f"{path} holds the id {shard.max()}, outside the vocabulary of {meta['vocab_size']}")
+            if verify:
+                self._check_ids(path, shard)
             self.shards.append(shard)
         # The first window's number in each shard, and their count at the end.
         counts = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]
@@ -153,12 +160,21 @@ class TokenDataset:
         """The windows of these numbers, int64 (len(numbers), block_size + 1)."""
         shards = np.searchsorted(self.starts, numbers, side="right") - 1
         begins = (numbers - self.starts[shards]) * self.block_size
-        return np.stack([self.shards[s][b : b + self.block_size + 1].astype(np.int64) for s, b in zip(shards, begins)])
+        return np.stack([self._read(s, b, b + self.block_size + 1) for s, b in zip(shards, begins)])
 
     def tails(self) -> list[np.ndarray]:
         """What each shard holds after its last whole window, where that is something to predict."""
         begins = np.diff(self.starts) * self.block_size
-        return [shard[b:].astype(np.int64) for shard, b in zip(self.shards, begins) if len(shard) - b > 1]
+        return [self._read(s, b) for s, b in enumerate(begins) if len(self.shards[s]) - b > 1]
+
+    def _read(self, s: int, begin: int, end: int | None = None) -> np.ndarray:
+        ids = self.shards[s][begin:end].astype(np.int64)
+        self._check_ids(self.paths[s], ids)  # a device would fail on a wrong one without saying where
+        return ids
+
+    def _check_ids(self, path: Path, ids: np.ndarray) -> None:
+        if len(ids) and ids.max() >= self.vocab_size:
+            raise ValueError(f"{path} holds the id {ids.max()}, outside the vocabulary of {self.vocab_size}")
 
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:

@@ -2,7 +2,12 @@
 
 import importlib.util
 import json
+import math
+import os
+import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 class MetricsLog:
@@ -10,22 +15,26 @@ class MetricsLog:
 
     Args:
         run: the run's folder.
-        step: where the run stands; lines of later steps, lost with a crash, are removed.
+        step: where the run stands; lines of later steps, lost with a crash, are cut off.
+        evaluation_due: the validation loss of `step` is yet to come; a line of it is cut off as well.
         settings: what Weights & Biases shows beside the curves.
         wandb_project: the project to send to; "": nowhere.
+
+    Raises:
+        ValueError: a line that is to be kept is not one of ours.
     """
 
-    def __init__(self, run: Path, settings: dict, step: int, wandb_project: str = ""):
+    def __init__(self, run: Path, settings: dict, step: int, evaluation_due: bool = False, wandb_project: str = ""):
         path = run / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
+        # Not buffered: what a full disk did not take is kept here and written with the next line.
+        self.file = path.open("ab", buffering=0)
+        self.pending = b""
+        os.truncate(path, _kept_bytes(path, step, evaluation_due))
         self.tensorboard = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(run))
+            self.tensorboard = SummaryWriter(str(run), purge_step=step + 1)
         self.wandb = None
         if wandb_project:
             import wandb
@@ -33,19 +42,64 @@ class MetricsLog:
             self.wandb = wandb.init(project=wandb_project, name=run.name, config=settings, resume="allow")
 
     def write(self, figures: dict[str, float | int]) -> None:
-        """Write one line; `figures` holds `step` and what was measured there."""
-        self.file.write(json.dumps(figures) + "\n")
-        self.file.flush()
+        """Write one line; `figures` holds `step` and what was measured there. What is not finite becomes null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self.pending += json.dumps(finite).encode() + b"\n"
+        try:
+            self._flush()
+        except OSError as error:
+            tqdm.write(f"warning: {self.file.name}: {error}; its lines are kept for a later try", file=sys.stderr)
         values = {name: value for name, value in figures.items() if name != "step"}
         if self.tensorboard:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, figures["step"])
+            try:
+                for name, value in values.items():
+                    self.tensorboard.add_scalar(name, value, figures["step"])
+            except OSError as error:
+                tqdm.write(f"warning: TensorBoard: {error}; its files end here", file=sys.stderr)
+                self.tensorboard = None
         if self.wandb:
             self.wandb.log(values, step=figures["step"])
 
+    def sync(self) -> None:
+        """Have the disk hold every line. Raises OSError where it does not take them."""
+        if self.pending:
+            raise OSError(f"{self.file.name} lacks lines for which the disk had no room")
+        os.fsync(self.file.fileno())
+
     def close(self) -> None:
+        """Raises OSError where the disk did not take the last lines."""
+        self._flush()
         self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+
+    def _flush(self) -> None:
+        while self.pending:
+            self.pending = self.pending[self.file.write(self.pending) :]
+
+
+def _kept_bytes(path: Path, step: int, evaluation_due: bool) -> int:
+    """How long the file is up to the last line to be kept. Lines stand in the order of their steps."""
+    kept = position = first_cut = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        position += len(line)
+        figures = _parsed(line) or {"step": math.inf}
+        late = figures["step"] > step or (figures["step"] == step and evaluation_due and "val_loss" in figures)
+        if late:
+            first_cut = first_cut or number
+        elif first_cut:
+            raise ValueError(f"{path}, line {first_cut}, is damaged or out of order; mend it, or move the file away")
+        else:
+            kept = position
+    return kept
+
+
+def _parsed(line: bytes) -> dict | None:
+    """The figures of a whole line, or None."""
+    try:
+        figures = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return figures if isinstance(figures, dict) and isinstance(figures.get("step"), int) else None

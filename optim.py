@@ -1,7 +1,6 @@
 """Parameter groups, AdamW and Muon, learning-rate schedules."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -19,7 +18,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) 
     """
     named = list(model.named_parameters())
     blocks = [p for name, p in named if muon and name.startswith("h.") and p.dim() == 2]
-    rest = [p for name, p in named if not (muon and name.startswith("h.") and p.dim() == 2)]
+    in_blocks = {id(p) for p in blocks}
+    rest = [p for _, p in named if id(p) not in in_blocks]
     groups = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "muon": False},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "muon": False},
@@ -34,11 +34,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) 
 def make_optimizer(
     model: nn.Module, name: str, learning_rate: float, weight_decay: float, beta1: float, beta2: float
 ) -> torch.optim.AdamW:
-    """ "adamw" (Loshchilov and Hutter, 2019) as one fused kernel where the device has it, or "muon"; eps 1e-8."""
+    """ "adamw" (Loshchilov and Hutter, 2019) as one fused kernel, or "muon"; eps 1e-8.
+
+    Where its attribute `found_inf`, a float32 scalar on the device, is 1, a step changes nothing (but on MPS,
+    whose kernel does not look at it). torch.amp.GradScaler has the same agreement with fused optimizers.
+    """
     groups = parameter_groups(model, weight_decay, name == "muon")
-    fused = next(model.parameters()).device.type in ("cpu", "cuda", "mps")
     kind = Muon if name == "muon" else torch.optim.AdamW
-    return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-8, fused=fused)
+    return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-8, fused=True)
 
 
 class Muon(torch.optim.AdamW):
@@ -50,10 +53,6 @@ class Muon(torch.optim.AdamW):
     it matrix by matrix in bfloat16, which takes seconds a step on a CPU without AMX; here all matrices of a
     shape go through one batched product, in bfloat16 on CUDA only.
     """
-
-    def __init__(self, groups: list[dict], **adamw: Any):
-        super().__init__(groups, **adamw)
-        self._step_supports_amp_scaling = False  # a scaler must skip the whole step, not AdamW's share of it
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -76,12 +75,17 @@ class Muon(torch.optim.AdamW):
                 # The step is not used; AdamW's load_state_dict looks for one in every state.
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
         buffers = [self.state[p]["momentum"] for p in params]
-        grads = [p.grad for p in params]
-        torch._foreach_lerp_(buffers, grads, 1 - momentum)
-        mixed = torch.stack(grads).lerp(torch.stack(buffers), momentum)  # Nesterov; (n, rows, columns)
-        size = 0.2 * max(mixed.shape[1:]) ** 0.5
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(orthogonalize(mixed).unbind()), alpha=-group["lr"] * size)
+        grads, old = torch.stack([p.grad for p in params]), torch.stack(buffers)  # (n, rows, columns)
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            grads = torch.where(found_inf > 0, old, grads)  # between equal ones nothing moves
+        new = old.lerp(grads, 1 - momentum)
+        torch._foreach_copy_(buffers, list(new.unbind()))
+        update = orthogonalize(grads.lerp(new, momentum))  # Nesterov's momentum
+        rate = group["lr"] if found_inf is None else group["lr"] * (1 - found_inf)
+        torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+        update *= -rate * 0.2 * max(update.shape[1:]) ** 0.5
+        torch._foreach_add_(params, list(update.unbind()))
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -3,13 +3,24 @@
 import difflib
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+# What Gloo and NCCL say when another process is gone or does not answer.
+LOST = re.compile(r"gloo/transport|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE)
 
 # Dense bf16 peak of the datasheet, FLOP/s, by a part of the device's name.
 PEAK_FLOPS = {
@@ -68,8 +79,12 @@ def describe(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-def start(device: str = "auto") -> Runtime:
-    """Pick this process's device; under torchrun also join the process group (NCCL, Gloo on CPU)."""
+def start(device: str = "auto", timeout: float = 600) -> Runtime:
+    """Pick this process's device; under torchrun also join the process group (NCCL, Gloo on CPU).
+
+    Args:
+        timeout: seconds after which a process that waits for the others gives up.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     picked = pick_device(device, local_rank)
@@ -77,7 +92,13 @@ def start(device: str = "auto") -> Runtime:
         torch.cuda.set_device(picked)
         torch.set_float32_matmul_precision("high")  # TF32 for float32 products outside autocast
     if world_size > 1:
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        backend, limit = "nccl" if picked.type == "cuda" else "gloo", timedelta(seconds=timeout)
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun keeps its store over a restart, and with it the addresses of the processes that are gone.
+            # On several nodes the count may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     return Runtime(picked, rank, local_rank, world_size)
 
 
@@ -112,6 +133,100 @@ def nearest(word: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def agree(rt: Runtime, check: Callable[[], T]) -> T:
+    """The result of what every process does here; what fails in one, fails in all, with one message.
+
+    Raises:
+        ValueError, OSError: as `check` does, in the first process; the others end without a word.
+    """
+    result, problem = None, None
+    try:
+        result = check()
+    except (ValueError, OSError) as error:
+        problem = error
+    if rt.world_size > 1:
+        problems: list[str | None] = [None] * rt.world_size
+        dist.all_gather_object(problems, str(problem) if problem else None)
+        problem = problem or next((ValueError(text) for text in problems if text is not None), None)
+    if problem and not rt.is_main:
+        sys.exit(1)
+    if problem:
+        raise problem
+    return result
+
+
+def from_main(rt: Runtime, value: T) -> T:
+    """The first process's value, in every process."""
+    values = [value]
+    if rt.world_size > 1:
+        dist.broadcast_object_list(values, device=rt.device)
+    return values[0]
+
+
+def gather(values: Tensor, rt: Runtime) -> Tensor:
+    """The values (n,) of all processes, (world_size, n), on every device. The host does not wait."""
+    if rt.world_size == 1:
+        return values[None]
+    gathered = [torch.empty_like(values) for _ in range(rt.world_size)]
+    dist.all_gather(gathered, values)
+    return torch.stack(gathered)
+
+
+class LateReader:
+    """Reads the figures of each step from the device; on CUDA those of the step before, so as not to wait."""
+
+    def __init__(self) -> None:
+        self.newest: tuple[int, Tensor, torch.cuda.Event] | None = None
+
+    def read(self, step: int, figures: Tensor, now: bool) -> tuple[int, list[float]]:
+        """The figures of this step (with `now`, which waits for the device) or of one before, and its number."""
+        if figures.device.type != "cuda":
+            return step, figures.tolist()
+        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
+        host.copy_(figures, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        late, self.newest = self.newest, (step, host, event)
+        at, host, event = self.newest if now or late is None else late
+        event.synchronize()
+        return at, host.tolist()
+
+
+class StopSignals(AbstractContextManager):
+    """Within it SIGTERM, SIGINT and SIGUSR1 ask for an end: `signum` is the number of the first, 0 before.
+
+    A second one ends the process at once; a thread sees to that, as the main one may be waiting in a library.
+    Schedulers signal a process directly and through its launcher, so signals within a second count as one.
+    """
+
+    KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __enter__(self) -> "StopSignals":
+        self.signum = 0
+        self.inlet, self.outlet = os.pipe()
+        os.set_blocking(self.outlet, False)
+        self.old_handlers = {kind: signal.signal(kind, lambda *_: None) for kind in self.KINDS}
+        self.old_outlet = signal.set_wakeup_fd(self.outlet, warn_on_full_buffer=False)
+        Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.set_wakeup_fd(self.old_outlet)
+        for kind, handler in self.old_handlers.items():
+            signal.signal(kind, handler)
+        os.close(self.outlet)
+
+    def _watch(self) -> None:
+        while received := os.read(self.inlet, 1):
+            if received[0] not in self.KINDS:
+                continue
+            if not self.signum:
+                self.signum, first = received[0], time.monotonic()
+            elif time.monotonic() - first > 1:
+                os._exit(128 + received[0])
+        os.close(self.inlet)
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main function; bad input ends it with one sentence and exit code 1.
 
@@ -125,6 +240,13 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except RuntimeError as error:
+        if sys.flags.dev_mode or "RANK" not in os.environ or not LOST.search(str(error)):
+            raise
+        reason = re.sub(r"^\[\S*\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
+        sys.exit(
+            f"error: process {os.environ['RANK']} lost the others, one ended or hangs ({reason}); under torchrun "
+            f"--max-restarts=N the run goes on from its newest checkpoint by itself, else with --resume"
+        )
+    if dist.is_initialized():
+        dist.destroy_process_group()

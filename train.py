@@ -1,83 +1,122 @@
 """Train a GPT: `python train.py [CONFIG.toml] [--key value ...]`, under torchrun for several processes."""
 
 import importlib.util
+import math
 import platform
 import subprocess
 import sys
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from signal import Signals
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import checkpoints, load_state, save_checkpoint
+from checkpoint import (
+    CheckpointWriter,
+    begun_by_this_launch,
+    checkpoints,
+    load_state,
+    newest_sound_checkpoint,
+    step_of,
+)
 from config import TrainConfig, parse_config
-from dataset import TokenDataset, evaluation_batches, read_meta, to_device, training_batches
+from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, to_device, training_batches
 from metrics import MetricsLog
 from model import GPT, Generation, GPTConfig
 from optim import learning_rate_at, make_optimizer
-from runtime import Runtime, describe, peak_flops, pick_dtype, run_script, start
+from runtime import (
+    LateReader,
+    Runtime,
+    StopSignals,
+    agree,
+    describe,
+    from_main,
+    gather,
+    peak_flops,
+    pick_dtype,
+    run_script,
+    start,
+)
 from tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass
+class Progress:
+    """Where a run is. Dropout and the order of data are functions of it and the seed; no random state is kept."""
+
+    step: int = 0
+    windows: int = 0  # of training data consumed
+    best_val_loss: float = math.inf
+    evaluation_due: bool = False  # the evaluation at `step` is yet to be made: a signal came in between
+    bad_steps: int = 0  # left out so far
+    bad_streak: int = 0  # the last of them in a row
+
+
+@dataclass
+class Parts:
+    """What a run is made of, new or as a checkpoint has it."""
+
+    tokenizer: Tokenizer
+    train_data: TokenDataset
+    val_data: TokenDataset
+    data_fingerprint: str
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype
+    progress: Progress
+    step_windows: int  # over all processes
+    batch_size: int  # windows of one process in a micro-step
+    accumulation_steps: int
+    notes: list[str]  # which settings a resumed run changes
 
 
 def train(cfg: TrainConfig) -> None:
     """One training run, from the data to a passage written by the trained model."""
-    rt = start(cfg.device)
+    rt = start(cfg.device, cfg.timeout)
     say = print if rt.is_main else lambda *_: None
     run = Path("out") / cfg.run_name
-    checkpoint = open_run(run, cfg, rt)
-
-    prepare_default_corpus(cfg, rt)
-    meta = read_meta(cfg.data)
-    tokenizer = load_tokenizer(meta["tokenizer"])
-    model = build_model(cfg, meta["vocab_size"], tokenizer.eot, checkpoint, rt)
-    block_size = model.config.block_size
-    verify = cfg.verify_data and rt.local_rank == 0
-    train_data = TokenDataset(cfg.data, "train", block_size, verify)
-    val_data = TokenDataset(cfg.data, "val", block_size, verify)
-    step_windows, batch_size, accumulation_steps = split_batch(cfg, block_size, rt.world_size)
-
-    dtype = pick_dtype(cfg.dtype, rt.device)
-    autocast = torch.autocast(rt.device.type, dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
-    optimizer = make_optimizer(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, cfg.beta1, cfg.beta2)
-    step = 0
+    checkpoint = from_main(rt, agree(rt, lambda: open_run(run, cfg) if rt.is_main else None))
+    agree(rt, lambda: prepare_default_corpus(cfg, rt))
+    parts = agree(rt, lambda: load(cfg, run, checkpoint, rt))
+    model, optimizer, scaler, progress = parts.model, parts.optimizer, parts.scaler, parts.progress
+    log, writer = agree(rt, lambda: begin(run, cfg, checkpoint, parts) if rt.is_main else (None, None))
     if checkpoint:
-        state = load_state(checkpoint)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        step = state["step"]
-        say(f"resuming from {checkpoint}")
+        say("; ".join([f"resuming from {checkpoint}", *parts.notes]))
     say(
-        f"training {model.num_params():,} parameters on {describe(rt.device)} in {str(dtype).removeprefix('torch.')}, "
-        f"{rt.world_size} process{'es' * (rt.world_size > 1)}, {step_windows} windows of {block_size} tokens a step "
-        f"({accumulation_steps} x {batch_size} per process), {cfg.max_steps} steps"
+        f"training {model.num_params():,} parameters on {describe(rt.device)} in "
+        f"{str(parts.dtype).removeprefix('torch.')}, {rt.world_size} process{'es' * (rt.world_size > 1)}, "
+        f"{parts.step_windows} windows of {model.config.block_size} tokens a step "
+        f"({parts.accumulation_steps} x {parts.batch_size} per process), {cfg.max_steps} steps"
     )
-    if rt.is_main and not checkpoint:
-        run.mkdir(parents=True, exist_ok=True)
-        cfg.save(run / "config.toml", versions())
-    log = MetricsLog(run, vars(cfg), step, cfg.wandb_project) if rt.is_main else None
 
-    forward = compiled(model, batch_size, autocast) if cfg.compile else model
+    autocast = torch.autocast(rt.device.type, parts.dtype, enabled=parts.dtype != torch.float32)
+    forward = compiled(model, parts.batch_size, autocast) if cfg.compile else model
     parallel = DistributedDataParallel(forward) if rt.world_size > 1 else None
     batches = to_device(
         training_batches(
-            train_data,
+            parts.train_data,
             seed=cfg.seed,
-            consumed=step * step_windows,
-            step_windows=step_windows,
-            batch_size=batch_size,
+            consumed=progress.windows,
+            step_windows=parts.step_windows,
+            batch_size=parts.batch_size,
             rank=rt.rank,
             world_size=rt.world_size,
         ),
         rt.device,
     )
-    step_tokens = step_windows * block_size
+    step, step_tokens = progress.step, parts.step_windows * model.config.block_size
+    bad_steps, bad_streak = (
+        torch.tensor(float(n), device=rt.device) for n in (progress.bad_steps, progress.bad_streak)
+    )
+    late_reader = LateReader()
     bar = tqdm(
         total=cfg.max_steps * step_tokens,
         initial=step * step_tokens,
@@ -89,73 +128,94 @@ def train(cfg: TrainConfig) -> None:
     )
     flops_per_token, peak = model.flops_per_token(), peak_flops(rt.device)
     clock, clock_step = time.perf_counter(), step
+    evaluation_due, checkpoint_due, stop = progress.evaluation_due, False, 0
 
     model.train()
-    while step < cfg.max_steps:
-        # Dropout is a function of the seed, the step and the process, so a resumed run draws the same.
-        torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + rt.rank) % 2**63)
-        learning_rate = learning_rate_at(
-            step,
-            schedule=cfg.schedule,
-            max_steps=cfg.max_steps,
-            warmup_steps=cfg.warmup_steps,
-            learning_rate=cfg.learning_rate,
-            min_learning_rate=cfg.min_learning_rate,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+    with StopSignals() as signals, closing(batches), bar, writer or nullcontext():
+        while True:
+            paused = time.perf_counter()
+            if evaluation_due and not stop:
+                val_loss, val_tokens, stop = evaluate(forward, parts, cfg.eval_tokens, autocast, signals, rt)
+                evaluation_due = bool(stop)
+                if log and not stop:
+                    progress.best_val_loss = min(val_loss, progress.best_val_loss)
+                    log.write({"step": step, "tokens": step * step_tokens, "val_loss": val_loss})
+                    bar.write(
+                        f"step {step}: validation loss {val_loss:.4f} nats per token over {val_tokens:,} tokens "
+                        f"(best: {progress.best_val_loss:.4f})"
+                    )
+            last = stop or step == cfg.max_steps
+            if writer and (checkpoint_due or last):
+                progress.step, progress.windows = step, step * parts.step_windows
+                progress.evaluation_due = evaluation_due
+                progress.bad_steps, progress.bad_streak = int(bad_steps), int(bad_streak)
+                if last or not progress.bad_streak:  # else the one before the bad steps is the one to go back to
+                    state = {"progress": asdict(progress), "settings": cfg.plain(), "data": parts.data_fingerprint}
+                    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                    writer.save(step, model, state, wait=last)
+            if last:
+                break
+            clock += time.perf_counter() - paused  # tokens_per_sec is that of training alone
 
-        loss = torch.zeros((), device=rt.device)
-        for micro_step in range(accumulation_steps):
-            inputs, targets = next(batches)
-            with synchronised_if(parallel, micro_step == accumulation_steps - 1):
-                with autocast:
-                    micro_loss = (parallel or forward)(inputs, targets)[1] / accumulation_steps
-                scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
-        scaler.unscale_(optimizer)
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float("inf"))
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+            # Dropout is a function of the seed, the step and the process, so a resumed run draws the same.
+            torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + rt.rank) % 2**63)
+            learning_rate = learning_rate_at(
+                step,
+                schedule=cfg.schedule,
+                max_steps=cfg.max_steps,
+                warmup_steps=cfg.warmup_steps,
+                learning_rate=cfg.learning_rate,
+                min_learning_rate=cfg.min_learning_rate,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
 
-        step += 1
-        tokens = step * step_tokens
-        bar.update(step_tokens)
-        if due(step, cfg.log_interval, cfg):
-            train_loss = mean_over_processes(loss, rt)
-            seconds = time.perf_counter() - clock
-            tokens_per_sec = (step - clock_step) * step_tokens / seconds
-            figures = {
-                "step": step,
-                "tokens": tokens,
-                "train_loss": train_loss,
-                "lr": learning_rate,
-                "grad_norm": grad_norm.item(),
-                "tokens_per_sec": tokens_per_sec,
-            }
-            if peak:
-                figures["mfu"] = tokens_per_sec * flops_per_token / (peak * rt.world_size)
-            if log:
-                log.write(figures)
-            bar.set_postfix_str(f"step {step}, loss {train_loss:.3f}")
-            clock, clock_step = time.perf_counter(), step
-        paused = time.perf_counter()
-        if due(step, cfg.eval_interval, cfg):
-            val_loss, val_tokens = evaluate(forward, val_data, batch_size, cfg.eval_tokens, autocast, rt)
-            if log:
-                log.write({"step": step, "tokens": tokens, "val_loss": val_loss})
-                bar.write(f"step {step}: validation loss {val_loss:.4f} nats per token over {val_tokens:,} tokens")
-        if due(step, cfg.checkpoint_interval, cfg) and rt.is_main:
-            state = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            save_checkpoint(run, step, model, tokenizer, state, cfg.keep_checkpoints)
-        clock += time.perf_counter() - paused  # tokens_per_sec is that of training alone
-    bar.close()
-    batches.close()
-    if log:
-        log.close()
+            loss = torch.zeros((), device=rt.device)
+            for micro_step in range(parts.accumulation_steps):
+                inputs, targets = next(batches)
+                with synchronised_if(parallel, micro_step == parts.accumulation_steps - 1):
+                    with autocast:
+                        micro_loss = (parallel or forward)(inputs, targets)[1] / parts.accumulation_steps
+                    scaler.scale(micro_loss).backward()
+                loss += micro_loss.detach()
+            scaler.unscale_(optimizer)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float("inf"))
+            everyones = gather(torch.stack([loss, torch.full_like(loss, signals.signum)]), rt)  # (world_size, 2)
+            loss = everyones[:, 0].mean()
+            bad = (~torch.isfinite(loss + grad_norm)).float()
+            optimizer.found_inf = bad  # the device leaves the update out: the host need not know, and does not wait
+            if rt.device.type != "mps" or not bad:
+                optimizer.step()
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            step += 1
+            bad_steps, bad_streak = bad_steps + bad, (bad_streak + 1) * bad
+            bar.update(step_tokens)
+            log_due = due(step, cfg.log_interval, cfg)
+            figures = torch.stack([loss, grad_norm, bad_steps, bad_streak, everyones[:, 1].max()])
+            at, (train_loss, norm, n_bad, n_streak, signum) = late_reader.read(step, figures, now=log_due)
+            stop = int(signum)
+            if log and log_due:
+                tokens_per_sec = (step - clock_step) * step_tokens / (time.perf_counter() - clock)
+                line = {"step": step, "tokens": step * step_tokens, "train_loss": train_loss, "lr": learning_rate}
+                line |= {"grad_norm": norm, "bad_steps": int(n_bad), "tokens_per_sec": tokens_per_sec}
+                if peak:
+                    line["mfu"] = tokens_per_sec * flops_per_token / (peak * rt.world_size)
+                log.write(line)
+                bar.set_postfix_str(f"step {step}, loss {train_loss:.3f}")
+                clock, clock_step = time.perf_counter(), step
+            if n_streak >= cfg.max_bad_steps:
+                agree(rt, partial(end_for_bad_numbers, run, writer, at - int(n_streak) + 1, at))
+            evaluation_due = due(step, cfg.eval_interval, cfg)
+            checkpoint_due = due(step, cfg.checkpoint_interval, cfg)
+        agree(rt, lambda: finish(log, writer) if rt.is_main else None)
+    if stop:
+        say(f"stopped by {Signals(stop).name} after step {step}; --resume goes on from {checkpoints(run)[-1]}")
+        sys.exit(128 + stop)
+    if rt.is_main:
         say(f"saved {checkpoints(run)[-1]}; a passage it writes:\n")
-        write_passage(model, tokenizer)
+        write_passage(model, parts.tokenizer)
         say(f'\nmore of it: python sample.py --prompt "..." --model {checkpoints(run)[-1]}')
 
 
@@ -163,18 +223,17 @@ def due(step: int, interval: int, cfg: TrainConfig) -> bool:
     return step == cfg.max_steps or (interval > 0 and step % interval == 0)
 
 
-def open_run(run: Path, cfg: TrainConfig, rt: Runtime) -> Path | None:
+def open_run(run: Path, cfg: TrainConfig) -> Path | None:
     """The checkpoint to continue from, or None for a new run.
 
     Raises:
-        ValueError: the run exists and is not to be continued, or what logs it is not installed.
+        ValueError: the run exists and is not to be continued or cannot be, or what logs it is not installed.
     """
-    found = checkpoints(run)
     if cfg.wandb_project and not importlib.util.find_spec("wandb"):
         raise ValueError("wandb_project is set, but wandb is not installed; pip install wandb")
-    if run.exists() and any(run.iterdir()) and not cfg.resume:
+    if run.exists() and any(run.iterdir()) and not (cfg.resume or begun_by_this_launch(run)):
         raise ValueError(f"{run} holds a run already; add --resume to continue it, or --run_name NAME for another")
-    return found[-1] if found else None
+    return newest_sound_checkpoint(run)
 
 
 def prepare_default_corpus(cfg: TrainConfig, rt: Runtime) -> None:
@@ -182,9 +241,92 @@ def prepare_default_corpus(cfg: TrainConfig, rt: Runtime) -> None:
     if cfg.data == TrainConfig.data and not Path(cfg.data).exists() and rt.local_rank == 0:
         script = Path(__file__).with_name("prepare_data.py")
         if subprocess.run([sys.executable, script, "shakespeare"]).returncode:
-            sys.exit(1)
-    if rt.world_size > 1:
-        dist.barrier()
+            raise ValueError(f"{cfg.data} could not be prepared; see above")
+
+
+def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> Parts:
+    """Everything a run needs, checked.
+
+    Raises:
+        ValueError: bad data, or settings that do not fit it, the machine or the checkpoint.
+    """
+    meta = read_meta(cfg.data)
+    tokenizer = load_tokenizer(meta["tokenizer"])
+    if tokenizer.n_vocab != meta["vocab_size"]:
+        raise ValueError(
+            f"meta.json of {cfg.data} has vocab_size {meta['vocab_size']}, its tokenizer {meta['tokenizer']} "
+            f"{tokenizer.n_vocab}; make the data again with prepare_data.py"
+        )
+    progress, notes, state = Progress(), [], {}
+    if checkpoint:
+        state = load_state(checkpoint)
+        notes = cfg.check_resumable(state["settings"], run)
+        if state["data"] != fingerprint(meta):
+            raise ValueError(
+                f"{run} was made with the tokens of {state['settings']['data']}; {cfg.data} now holds others: resume "
+                f"with those, or begin another run with --run_name NAME"
+            )
+        progress = Progress(**state["progress"])
+        if progress.step > cfg.max_steps:
+            raise ValueError(f"{run} is at step {progress.step} already, beyond max_steps {cfg.max_steps}")
+    model = build_model(cfg, meta["vocab_size"], tokenizer.eot, checkpoint, rt)
+    optimizer = make_optimizer(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, cfg.beta1, cfg.beta2)
+    dtype = pick_dtype(cfg.dtype, rt.device)
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
+    if checkpoint:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    block_size = model.config.block_size
+    verify = cfg.verify_data and rt.local_rank == 0
+    return Parts(
+        tokenizer,
+        TokenDataset(cfg.data, "train", block_size, verify),
+        TokenDataset(cfg.data, "val", block_size, verify),
+        fingerprint(meta),
+        model,
+        optimizer,
+        scaler,
+        dtype,
+        progress,
+        *split_batch(cfg, block_size, rt.world_size),
+        notes,
+    )
+
+
+def begin(run: Path, cfg: TrainConfig, checkpoint: Path | None, parts: Parts) -> tuple[MetricsLog, CheckpointWriter]:
+    """Take possession of the run's folder, and bring what it holds to where the run is.
+
+    Raises:
+        ValueError: another process writes the run, or its metrics.jsonl is damaged.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    progress, settings = parts.progress, run / "config.toml"
+    writer = CheckpointWriter(run, parts.tokenizer, cfg.keep_checkpoints, progress.step if checkpoint else None)
+    log = MetricsLog(run, vars(cfg), progress.step, progress.evaluation_due, cfg.wandb_project)
+    writer.before = log.sync  # a checkpoint is good only with the metrics up to it
+    lines = settings.read_text(encoding="utf-8").splitlines() if checkpoint and settings.exists() else []
+    earlier = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
+    cfg.save(settings, [*earlier, f"step {progress.step}: {versions()}"])
+    return log, writer
+
+
+def finish(log: MetricsLog, writer: CheckpointWriter) -> None:
+    """Raises OSError where the disk did not take the last checkpoint or lines of metrics."""
+    writer.close()
+    log.close()
+
+
+def end_for_bad_numbers(run: Path, writer: CheckpointWriter | None, since: int, step: int) -> None:
+    """Raises ValueError: it says since when, and which checkpoint is good."""
+    if writer:
+        writer.wait()
+    good = [path for path in checkpoints(run) if step_of(path) < since]
+    advice = (
+        f"{good[-1]} is good: begin a run from it with --init_from, --run_name NAME and a lower learning_rate"
+        if good
+        else "there is no checkpoint from before; begin again with a lower learning_rate"
+    )
+    raise ValueError(f"the loss or its gradient was not finite in all steps from {since} to {step}; {advice}")
 
 
 def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | None, rt: Runtime) -> GPT:
@@ -255,40 +397,38 @@ def synchronised_if(parallel: DistributedDataParallel | None, last: bool) -> Abs
     return parallel.no_sync() if parallel and not last else nullcontext()
 
 
-def mean_over_processes(value: Tensor, rt: Runtime) -> float:
-    if rt.world_size > 1:
-        dist.all_reduce(value)
-    return value.item() / rt.world_size
-
-
 @torch.no_grad()
 def evaluate(
     forward: nn.Module,
-    data: TokenDataset,
-    batch_size: int,
+    parts: Parts,
     max_tokens: int,
     autocast: AbstractContextManager,
+    signals: StopSignals,
     rt: Runtime,
-) -> tuple[float, int]:
-    """The mean loss over the validation windows, nats per token, and over how many tokens."""
+) -> tuple[float, int, int]:
+    """The mean loss over the validation windows, nats per token, over how many tokens, and 0.
+
+    A signal to any process breaks it off: then the last is its number, and the others mean nothing.
+    """
     forward.eval()
-    total = torch.zeros(2, dtype=torch.float64)  # summed loss, tokens
     batches = evaluation_batches(
-        data, batch_size=batch_size, max_tokens=max_tokens, rank=rt.rank, world_size=rt.world_size
+        parts.val_data, batch_size=parts.batch_size, max_tokens=max_tokens, rank=rt.rank, world_size=rt.world_size
     )
-    sums: list[Tensor] = []
-    for inputs, targets in to_device(batches, rt.device):
-        with autocast:
-            loss = forward(inputs, targets)[1]
-        count = (targets >= 0).sum()
-        sums.append(torch.stack([loss * count, count]))
-    if sums:
-        total += torch.stack(sums).cpu().double().sum(dim=0)
-    if rt.world_size > 1:
-        total = total.float().to(rt.device) if rt.device.type == "mps" else total.to(rt.device)
-        dist.all_reduce(total)
+    sums = [torch.zeros(2, device=rt.device)]  # summed loss, tokens
+    with closing(to_device(batches, rt.device)) as pairs:
+        for inputs, targets in pairs:
+            if signals.signum:
+                break
+            with autocast:
+                loss = forward(inputs, targets)[1]
+            count = (targets >= 0).sum()
+            sums.append(torch.stack([loss * count, count]))
     forward.train()
-    return (total[0] / total[1]).item(), int(total[1])
+    total = torch.stack(sums).cpu().double().sum(dim=0)
+    mine = torch.tensor([*total.tolist(), signals.signum], dtype=torch.float64)
+    everyones = gather(mine if rt.world_size == 1 else mine.to(rt.device), rt).cpu()  # (world_size, 3)
+    loss, count = everyones[:, :2].sum(dim=0).tolist()
+    return loss / max(count, 1), int(count), int(everyones[:, 2].max())
 
 
 def write_passage(model: GPT, tokenizer: Tokenizer, max_new_tokens: int = 400) -> None:
@@ -299,14 +439,14 @@ def write_passage(model: GPT, tokenizer: Tokenizer, max_new_tokens: int = 400) -
     print(tokenizer.decode(ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids).strip())
 
 
-def versions() -> list[str]:
-    """What the run was made with, for the head of its config.toml."""
+def versions() -> str:
+    """What a run is made with, for the head of its config.toml."""
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return [f"Python {platform.python_version()}, torch {torch.__version__}, commit {commit}"]
+    return f"Python {platform.python_version()}, torch {torch.__version__}, commit {commit}"
 
 
 if __name__ == "__main__":
