@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -49,13 +50,16 @@ def newest_checkpoint(out: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def newest_sound_checkpoint(run: Path) -> Path | None:
+def newest_sound_checkpoint(run: Path, before: int | None = None) -> Path | None:
     """The newest checkpoint whose files are as they were written, with a warning for each that is passed over.
+
+    Args:
+        before: the step from which on they do not count.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
     """
-    found = checkpoints(run)
+    found = [path for path in checkpoints(run) if before is None or step_of(path) < before]
     for path in reversed(found):
         problem = damage(path)
         if problem is None:
@@ -112,8 +116,12 @@ def begun_by_this_launch(run: Path) -> bool:
 
 def _launch() -> str:
     """What tells this torchrun from others; "" without one."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    return f"{run_id} {os.getppid()}" if run_id else ""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    # Its name and process number can be the same again, in containers even often; when it began is not.
+    status = Path(f"/proc/{os.getppid()}/stat")
+    began = status.read_text().rpartition(")")[2].split()[19] if status.exists() else ""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()} {began}"
 
 
 class CheckpointWriter(AbstractContextManager):
@@ -126,18 +134,19 @@ class CheckpointWriter(AbstractContextManager):
         run: the run's folder.
         tokenizer: saved with each checkpoint.
         keep: how many checkpoints to keep, the newest ones.
-        saved_step: the step of the checkpoint that the run continues from.
+        newest: the checkpoint that the run continues from.
 
     Attributes:
+        newest: the newest checkpoint written, or that one.
         before: called in the thread before a checkpoint takes its place; what it raises, fails the write.
 
     Raises:
         ValueError: another process writes the run.
     """
 
-    def __init__(self, run: Path, tokenizer: Tokenizer, keep: int, saved_step: int | None):
+    def __init__(self, run: Path, tokenizer: Tokenizer, keep: int, newest: Path | None):
         self.folder = run / "checkpoints"
-        self.tokenizer, self.keep, self.saved_step = tokenizer, keep, saved_step
+        self.keep, self.newest = keep, newest
         self.before: Callable[[], None] = lambda: None
         self.lock = (run / LOCK_FILE).open("a+")  # open files lose their locks when their process ends
         try:
@@ -151,6 +160,9 @@ class CheckpointWriter(AbstractContextManager):
         self.lock.flush()
         self.error: Exception | None = None  # of the newest write, if it failed
         self.host_model: GPT | None = None
+        with tempfile.TemporaryDirectory() as directory:  # once: GPT-2's takes a second
+            tokenizer.save_pretrained(directory)
+            self.tokenizer_files = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self.writing: Future | None = None
         for partial in self.folder.glob(".step_*"):  # of a process that was killed
@@ -167,7 +179,7 @@ class CheckpointWriter(AbstractContextManager):
                 warn(f"no checkpoint of step {step}: the disk is still busy with that of step {self.writing_step}")
                 return
             self.wait()
-        if step == self.saved_step:
+        if self.newest and step_of(self.newest) == step:
             return
         if self.host_model is None:
             with torch.device("meta"):
@@ -204,7 +216,8 @@ class CheckpointWriter(AbstractContextManager):
         try:
             partial.mkdir(parents=True)
             self.host_model.save_pretrained(partial)
-            self.tokenizer.save_pretrained(partial)
+            for name, content in self.tokenizer_files.items():
+                (partial / name).write_bytes(content)
             torch.save(state, partial / STATE_FILE)
             files = sorted(partial.iterdir())
             (partial / SUMS_FILE).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
@@ -214,15 +227,23 @@ class CheckpointWriter(AbstractContextManager):
             shutil.rmtree(final, ignore_errors=True)  # one that was damaged, so that the run began before it
             os.replace(partial, final)
             _sync(self.folder)
-            self.error, self.saved_step = None, step
-            for old in [path for path in checkpoints(self.folder.parent) if step_of(path) <= step][: -self.keep]:
-                doomed = old.with_name(f".{old.name}")
-                os.replace(old, doomed)
-                shutil.rmtree(doomed)
+            self.error, self.newest = None, final
         except Exception as error:  # safetensors and torch have kinds of their own for a full disk
             self.error = error
             shutil.rmtree(partial, ignore_errors=True)
-            warn(f"no checkpoint of step {step}: {error}; training goes on, the earlier checkpoints are whole")
+            free = shutil.disk_usage(self.folder.parent).free / 1e6
+            warn(
+                f"no checkpoint of step {step}: {error} ({free:,.1f} MB are free there); training goes on, the earlier "
+                f"checkpoints are whole"
+            )
+            return
+        for old in [path for path in checkpoints(self.folder.parent) if step_of(path) <= step][: -self.keep]:
+            doomed = old.with_name(f".{old.name}")
+            try:
+                os.replace(old, doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                warn(f"{old} could not be removed: {error}")
 
 
 def _on_host(value: Any) -> Any:

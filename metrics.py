@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from threading import Lock
 
 from tqdm import tqdm
 
@@ -29,6 +30,7 @@ class MetricsLog:
         # Not buffered: what a full disk did not take is kept here and written with the next line.
         self.file = path.open("ab", buffering=0)
         self.pending = b""
+        self.lock = Lock()  # `sync` is called from another thread
         os.truncate(path, _kept_bytes(path, step, evaluation_due))
         self.tensorboard = None
         if importlib.util.find_spec("tensorboard"):
@@ -44,11 +46,12 @@ class MetricsLog:
     def write(self, figures: dict[str, float | int]) -> None:
         """Write one line; `figures` holds `step` and what was measured there. What is not finite becomes null."""
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-        self.pending += json.dumps(finite).encode() + b"\n"
+        waiting = self.pending
         try:
-            self._flush()
+            self._flush(json.dumps(finite).encode() + b"\n")
         except OSError as error:
-            tqdm.write(f"warning: {self.file.name}: {error}; its lines are kept for a later try", file=sys.stderr)
+            if not waiting:
+                tqdm.write(f"warning: {error}; lines are kept until there is room", file=sys.stderr)
         values = {name: value for name, value in figures.items() if name != "step"}
         if self.tensorboard:
             try:
@@ -62,8 +65,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Have the disk hold every line. Raises OSError where it does not take them."""
-        if self.pending:
-            raise OSError(f"{self.file.name} lacks lines for which the disk had no room")
+        self._flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -75,9 +77,14 @@ class MetricsLog:
         if self.wandb:
             self.wandb.finish()
 
-    def _flush(self) -> None:
-        while self.pending:
-            self.pending = self.pending[self.file.write(self.pending) :]
+    def _flush(self, line: bytes = b"") -> None:
+        with self.lock:
+            self.pending += line
+            try:
+                while self.pending:
+                    self.pending = self.pending[self.file.write(self.pending) :]
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.file.name)) from error
 
 
 def _kept_bytes(path: Path, step: int, evaluation_due: bool) -> int:

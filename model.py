@@ -424,6 +424,8 @@ class GPT(nn.Module):
         _write_json(directory / "config.json", config)
         ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
         _write_json(directory / "generation_config.json", ends)
+        mode = (directory / "config.json").stat().st_mode
+        (directory / "model.safetensors").chmod(mode)  # safetensors lets only the owner read
 
 
 class Generation:

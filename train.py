@@ -21,10 +21,8 @@ from tqdm import tqdm
 from checkpoint import (
     CheckpointWriter,
     begun_by_this_launch,
-    checkpoints,
     load_state,
     newest_sound_checkpoint,
-    step_of,
 )
 from config import TrainConfig, parse_config
 from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, to_device, training_batches
@@ -210,13 +208,14 @@ def train(cfg: TrainConfig) -> None:
             evaluation_due = due(step, cfg.eval_interval, cfg)
             checkpoint_due = due(step, cfg.checkpoint_interval, cfg)
         agree(rt, lambda: finish(log, writer) if rt.is_main else None)
+    if stop and rt.is_main:
+        print(f"stopped by {Signals(stop).name} after step {step}; --resume goes on from {writer.newest}")
     if stop:
-        say(f"stopped by {Signals(stop).name} after step {step}; --resume goes on from {checkpoints(run)[-1]}")
         sys.exit(128 + stop)
     if rt.is_main:
-        say(f"saved {checkpoints(run)[-1]}; a passage it writes:\n")
+        print(f"saved {writer.newest}; a passage it writes:\n")
         write_passage(model, parts.tokenizer)
-        say(f'\nmore of it: python sample.py --prompt "..." --model {checkpoints(run)[-1]}')
+        print(f'\nmore of it: python sample.py --prompt "..." --model {writer.newest}')
 
 
 def due(step: int, interval: int, cfg: TrainConfig) -> bool:
@@ -301,7 +300,7 @@ def begin(run: Path, cfg: TrainConfig, checkpoint: Path | None, parts: Parts) ->
     """
     run.mkdir(parents=True, exist_ok=True)
     progress, settings = parts.progress, run / "config.toml"
-    writer = CheckpointWriter(run, parts.tokenizer, cfg.keep_checkpoints, progress.step if checkpoint else None)
+    writer = CheckpointWriter(run, parts.tokenizer, cfg.keep_checkpoints, checkpoint)
     log = MetricsLog(run, vars(cfg), progress.step, progress.evaluation_due, cfg.wandb_project)
     writer.before = log.sync  # a checkpoint is good only with the metrics up to it
     lines = settings.read_text(encoding="utf-8").splitlines() if checkpoint and settings.exists() else []
@@ -320,9 +319,9 @@ def end_for_bad_numbers(run: Path, writer: CheckpointWriter | None, since: int, 
     """Raises ValueError: it says since when, and which checkpoint is good."""
     if writer:
         writer.wait()
-    good = [path for path in checkpoints(run) if step_of(path) < since]
+    good = newest_sound_checkpoint(run, before=since) if writer else None
     advice = (
-        f"{good[-1]} is good: begin a run from it with --init_from, --run_name NAME and a lower learning_rate"
+        f"{good} is good: begin a run from it with --init_from, --run_name NAME and a lower learning_rate"
         if good
         else "there is no checkpoint from before; begin again with a lower learning_rate"
     )

@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: the te
 from dataset import write_shards
 from tokenizer import load_tokenizer
 
+PAGE = 4096  # in which a tmpfs counts
 TINY = """
 run_name = "tiny"
 n_layer = 2
@@ -57,3 +61,26 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "shards": shards}))
     (tmp_path / "tiny.toml").write_text(TINY)
     return tmp_path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not shutil.which("mount"):
+        pytest.skip("there is no command mount")
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    done = subprocess.run(mount, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # lazy: a test that failed may hold files open
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """A file that takes all the room of a disk but `leave` bytes."""
+    room = os.statvfs(disk)
+    filler = disk / "filler"
+    filler.write_bytes(b"x" * (room.f_bavail * room.f_frsize - leave))
+    return filler
