@@ -80,7 +80,9 @@ def damage(checkpoint: Path) -> str | None:
         for name, digest in listed.items():
             if sha256(checkpoint / name) != digest:
                 return f"the SHA-256 of {name} is not that of {SUMS_FILE}"
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        return f"{SUMS_FILE} is not a list of its files"
+    except OSError as error:
         return str(error)
     return None
 

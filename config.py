@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -172,14 +173,21 @@ def parse_config(argv: list[str]) -> TrainConfig:
         if not Path(file).is_file():
             recipes = [path.name for path in DEFAULT_CONFIG.parent.glob("*.toml")]
             raise ValueError(f"there is no config file {file}{nearest(Path(file).name, recipes)}")
-        if any(flag.partition("=")[0] == "--config" for flag in flags):
+        try:
+            in_file = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{file} is not valid TOML: {error}") from error
+        if "config" in in_file or any(flag.partition("=")[0] == "--config" for flag in flags):
             raise ValueError("there is no setting config; name the config file first, without a flag")
         values = parser.parse_args(["--config", file, *flags])
         del values["config"]
         return TrainConfig(**values)
-    except (ValueError, argparse.ArgumentError) as error:
-        undecodable = isinstance(error, UnicodeDecodeError)
-        message = f"{file} is not UTF-8" if undecodable else _one_sentence(str(error), file)
+    except UnicodeDecodeError:
+        message = f"{file} is not UTF-8"
+    except (OverflowError, RecursionError):
+        message = f"{file} or a flag holds a number too large or brackets too deep"
+    except (ValueError, OSError, argparse.ArgumentError) as error:
+        message = _one_sentence(str(error))
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"error: {message}\n")
     sys.exit(2)
@@ -204,7 +212,7 @@ KINDS = {
 }
 
 
-def _one_sentence(message: str, file: str) -> str:
+def _one_sentence(message: str) -> str:
     """The parser's message as one line: the setting, what it must be, the nearest name for an unknown one."""
     message = " ".join(message.split())
     if match := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([^\s=]+)", message):
@@ -217,4 +225,4 @@ def _one_sentence(message: str, file: str) -> str:
         return (
             f"{setting} must be {kind}, not {next(filter(None, got.groups()))}" if got else f"{setting} must be {kind}"
         )
-    return message.replace("Problems parsing config:", f"{file} is not valid TOML:")
+    return message

@@ -6,6 +6,7 @@ number of tokens, zeros), then the ids, uint16 or uint32 after the magic.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,7 +78,7 @@ def read_meta(directory: str | Path) -> dict:
         entries = [*meta["shards"]["train"], *meta["shards"]["val"]]
         sound = all(
             [isinstance(meta["tokenizer"], str), type(meta["vocab_size"]) is int]
-            + [isinstance(entry["file"], str) and Path(entry["file"]).name == entry["file"] for entry in entries]
+            + [re.fullmatch(r"\w[\w.-]*", entry["file"]) is not None for entry in entries]
             + [type(entry["tokens"]) is int and isinstance(entry["sha256"], str) for entry in entries]
         )
     except (ValueError, KeyError, TypeError, RecursionError):

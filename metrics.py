@@ -89,24 +89,24 @@ class MetricsLog:
 
 def _kept_bytes(path: Path, step: int, evaluation_due: bool) -> int:
     """How long the file is up to the last line to be kept. Lines stand in the order of their steps."""
-    kept = position = first_cut = 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    kept = position = first_cut = newest = 0
+    for number, line in enumerate(path.open("rb"), start=1):
         position += len(line)
         figures = _parsed(line) or {"step": math.inf}
         late = figures["step"] > step or (figures["step"] == step and evaluation_due and "val_loss" in figures)
-        if late:
+        if late or figures["step"] < newest:
             first_cut = first_cut or number
         elif first_cut:
             raise ValueError(f"{path}, line {first_cut}, is damaged or out of order; mend it, or move the file away")
         else:
-            kept = position
+            kept, newest = position, figures["step"]
     return kept
 
 
 def _parsed(line: bytes) -> dict | None:
     """The figures of a whole line, or None."""
     try:
-        figures = json.loads(line) if line.endswith(b"\n") else None
+        figures = json.loads(line.decode()) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    return figures if isinstance(figures, dict) and isinstance(figures.get("step"), int) else None
+    return figures if isinstance(figures, dict) and type(figures.get("step")) is int else None
