@@ -165,7 +165,8 @@ class CheckpointWriter(AbstractContextManager):
         with tempfile.TemporaryDirectory() as directory:  # once: GPT-2's takes a second
             tokenizer.save_pretrained(directory)
             self.tokenizer_files = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        # One core for the thread's own transposes: two sets of OpenMP threads would wait for each other, spinning.
+        self.thread = ThreadPoolExecutor(1, "checkpoints", initializer=torch.set_num_threads, initargs=(1,))
         self.writing: Future | None = None
         for partial in self.folder.glob(".step_*"):  # of a process that was killed
             shutil.rmtree(partial)
