@@ -8,9 +8,10 @@ from collections.abc import Callable
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from cli import run_script
 from inference import prepare
 from model import GPT, Generation, GPTConfig
-from runtime import describe, pick_device, pick_dtype, run_script
+from runtime import describe, pick_device, pick_dtype
 
 SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), "1558m": (48, 25, 1600)}
 

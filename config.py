@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from runtime import nearest
+from cli import nearest
 
 DEFAULT_CONFIG = Path(__file__).with_name("configs") / "shakespeare.toml"
 

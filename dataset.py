@@ -8,12 +8,9 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 HEADER_INTS = 256
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, ids)
@@ -247,21 +244,3 @@ def evaluation_batches(
             tail = tails[number - n]
             batch[row, : len(tail)] = tail
         yield batch
-
-
-def to_device(batches: Iterator[np.ndarray], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets (B, T) on the device, the next batch made by a thread while this one is used."""
-
-    def load() -> Tensor | None:
-        batch = next(batches, None)
-        if batch is None:
-            return None
-        tensor = torch.from_numpy(batch)
-        return tensor.pin_memory() if device.type == "cuda" else tensor
-
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        coming = pool.submit(load)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(load)
-            batch = batch.to(device, non_blocking=True)
-            yield batch[:, :-1].clamp(min=0), batch[:, 1:]  # filler is never a target, any id will do as input

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from cli import run_script
 from dataset import write_shards
-from runtime import run_script
 from tokenizer import Tokenizer, load_tokenizer
 
 HELD_OUT_PLAYS = ("hamlet", "henry-v", "the-tempest", "twelfth-night")

@@ -1,18 +1,19 @@
-"""What a script needs of the machine: device, precision, processes, peak speed, one-sentence errors."""
+"""What a script needs of the machine: device, precision, processes, signals, peak speed."""
 
-import difflib
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Thread
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -79,11 +80,15 @@ def describe(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-def start(device: str = "auto", timeout: float = 600) -> Runtime:
-    """Pick this process's device; under torchrun also join the process group (NCCL, Gloo on CPU).
+@contextmanager
+def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtime]:
+    """This process's device and place; under torchrun within a process group (NCCL, Gloo on CPU).
 
     Args:
         timeout: seconds after which a process that waits for the others gives up.
+
+    Raises:
+        ConnectionError: another process is gone or does not answer.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -91,15 +96,26 @@ def start(device: str = "auto", timeout: float = 600) -> Runtime:
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
         torch.set_float32_matmul_precision("high")  # TF32 for float32 products outside autocast
+    try:
+        if world_size > 1:
+            backend, limit = "nccl" if picked.type == "cuda" else "gloo", timedelta(seconds=timeout)
+            store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+            if os.environ.get("GROUP_WORLD_SIZE") == "1":
+                # torchrun keeps its store over a restart, and with it the addresses of processes that are gone. On
+                # several nodes the count may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
+                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        yield Runtime(picked, rank, local_rank, world_size)
+    except RuntimeError as error:
+        if world_size == 1 or not LOST.search(str(error)):
+            raise
+        reason = re.sub(r"^\[\S*\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
+        raise ConnectionError(
+            f"process {rank} lost the others, one ended or hangs ({reason}); under torchrun --max-restarts=N the run "
+            f"goes on from its newest checkpoint by itself, else with --resume"
+        ) from error
     if world_size > 1:
-        backend, limit = "nccl" if picked.type == "cuda" else "gloo", timedelta(seconds=timeout)
-        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":
-            # torchrun keeps its store over a restart, and with it the addresses of the processes that are gone.
-            # On several nodes the count may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
-            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
-    return Runtime(picked, rank, local_rank, world_size)
+        dist.destroy_process_group()
 
 
 def pick_dtype(name: str, device: torch.device, training: bool = True) -> torch.dtype:
@@ -125,12 +141,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """ "; did you mean X?" where one of the known words is close, else nothing."""
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def agree(rt: Runtime, check: Callable[[], T]) -> T:
@@ -227,26 +237,19 @@ class StopSignals(AbstractContextManager):
         os.close(self.inlet)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main function; bad input ends it with one sentence and exit code 1.
+def to_device(batches: Iterator[np.ndarray], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (B, T) on the device, the next batch made by a thread while this one is used."""
 
-    `python -X dev SCRIPT` shows the traceback instead.
-    """
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except RuntimeError as error:
-        if sys.flags.dev_mode or "RANK" not in os.environ or not LOST.search(str(error)):
-            raise
-        reason = re.sub(r"^\[\S*\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
-        sys.exit(
-            f"error: process {os.environ['RANK']} lost the others, one ended or hangs ({reason}); under torchrun "
-            f"--max-restarts=N the run goes on from its newest checkpoint by itself, else with --resume"
-        )
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    def load() -> Tensor | None:
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        tensor = torch.from_numpy(batch)
+        return tensor.pin_memory() if device.type == "cuda" else tensor
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        coming = pool.submit(load)
+        while (batch := coming.result()) is not None:
+            coming = pool.submit(load)
+            batch = batch.to(device, non_blocking=True)
+            yield batch[:, :-1].clamp(min=0), batch[:, 1:]  # filler is never a target, any id will do as input

@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import newest_checkpoint
+from cli import run_script
 from inference import prepare
 from model import GPT, Generation
-from runtime import describe, pick_device, pick_dtype, run_script
+from runtime import describe, pick_device, pick_dtype
 from tokenizer import Tokenizer, load_tokenizer
 
 # Compiling takes about half a minute: on CUDA long texts repay it, on a CPU none does (it gained nothing there).

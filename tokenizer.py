@@ -12,7 +12,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from runtime import nearest
+from cli import nearest
 
 EOT = "<|endoftext|>"
 

@@ -24,8 +24,9 @@ from checkpoint import (
     load_state,
     newest_sound_checkpoint,
 )
+from cli import run_script
 from config import TrainConfig, parse_config
-from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, to_device, training_batches
+from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, training_batches
 from metrics import MetricsLog
 from model import GPT, Generation, GPTConfig
 from optim import learning_rate_at, make_optimizer
@@ -39,8 +40,8 @@ from runtime import (
     gather,
     peak_flops,
     pick_dtype,
-    run_script,
-    start,
+    process_group,
+    to_device,
 )
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -77,8 +78,13 @@ class Parts:
 
 
 def train(cfg: TrainConfig) -> None:
+    """One training run, in this process or in a group of processes."""
+    with process_group(cfg.device, cfg.timeout) as rt:
+        train_in_group(cfg, rt)
+
+
+def train_in_group(cfg: TrainConfig, rt: Runtime) -> None:
     """One training run, from the data to a passage written by the trained model."""
-    rt = start(cfg.device, cfg.timeout)
     say = print if rt.is_main else lambda *_: None
     run = Path("out") / cfg.run_name
     checkpoint = from_main(rt, agree(rt, lambda: open_run(run, cfg) if rt.is_main else None))

@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import TokenDataset, evaluation_batches, open_shard, permute, to_device, training_batches, write_shards
+from dataset import TokenDataset, evaluation_batches, open_shard, permute, training_batches, write_shards
+from runtime import to_device
 
 QUICK = settings(max_examples=50, deadline=None)
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import prepare_data
+from cli import run_script
 from dataset import TokenDataset, read_meta
 from prepare_data import plain_text
-from runtime import run_script
 from tokenizer import load_tokenizer
 
 SCRIPT = Path(prepare_data.__file__).resolve()

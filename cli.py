@@ -1,0 +1,26 @@
+"""What every script does at its command line: name the nearest word, end with one sentence."""
+
+import difflib
+import sys
+from collections.abc import Callable
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """ "; did you mean X?" where one of the known words is close, else nothing."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main function; bad input ends it with one sentence and exit code 1.
+
+    `python -X dev SCRIPT` shows the traceback instead.
+    """
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
