@@ -103,7 +103,11 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds on a damaged file
         raise ValueError(f"{path} cannot be read; delete {checkpoint} to use the one before") from error
-    if not isinstance(state, dict) or not STATE_KEYS <= state.keys():
+    parts = {"progress": "step", "settings": "seed", "optimizer": "param_groups"}  # and what each holds at least
+    if not isinstance(state, dict) or not (
+        STATE_KEYS <= state.keys()
+        and all(isinstance(state[part], dict) and key in state[part] for part, key in parts.items())
+    ):
         raise ValueError(f"{path} is not the state of a run; delete {checkpoint} to use the one before")
     return state
 

@@ -103,6 +103,10 @@ class TrainConfig:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{name} must be a finite number, not {value}")
+        if huge := [
+            name for name, value in dataclasses.asdict(self).items() if isinstance(value, int) and value > 2**53
+        ]:
+            raise ValueError(f"{' and '.join(huge)} must be at most 2**53")
         if self.dropout == 1 or self.beta1 == 1 or self.beta2 == 1:
             raise ValueError("dropout, beta1 and beta2 must be below 1")
         if Path(self.run_name).name != self.run_name or self.run_name in ("", ".", ".."):
@@ -179,6 +183,8 @@ def parse_config(argv: list[str]) -> TrainConfig:
             raise ValueError(f"{file} is not valid TOML: {error}") from error
         if "config" in in_file or any(flag.partition("=")[0] == "--config" for flag in flags):
             raise ValueError("there is no setting config; name the config file first, without a flag")
+        if any(len(str(value)) > 4096 for value in [*flags, *in_file.values()]):
+            raise ValueError("a value of more than 4096 characters is no setting")  # brackets could crash the parser
         values = parser.parse_args(["--config", file, *flags])
         del values["config"]
         return TrainConfig(**values)

@@ -6,6 +6,7 @@ number of tokens, zeros), then the ids, uint16 or uint32 after the magic.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,48 +18,93 @@ FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # ma
 SHARD_TOKENS = 100_000_000
 
 
+class ShardWriter:
+    """Writes the tokens of a split, one document after the other, as `<split>_000000.bin` and on.
+
+    Args:
+        vocab_size: decides the width of the ids.
+        shard_tokens: of each shard but the last.
+        n_tokens: how many of earlier tokens in the folder to keep and to go on from; what is beyond is cut off.
+    """
+
+    def __init__(
+        self, directory: Path, split: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS, n_tokens: int = 0
+    ):
+        self.directory, self.split, self.shard_tokens = directory, split, shard_tokens
+        self.magic = 20240520 if vocab_size <= 2**16 else 20240801
+        self.dtype = FORMATS[self.magic][1]
+        self.n_tokens = n_tokens
+        for path in directory.glob(f"{split}_*.bin"):
+            if path >= self._path(-(-n_tokens // shard_tokens)):
+                path.unlink()
+        if n_tokens % shard_tokens:
+            os.truncate(self._path(n_tokens // shard_tokens), self._bytes(n_tokens % shard_tokens))
+
+    def add(self, ids: np.ndarray) -> None:
+        """Append ids; they may run over a shard's end."""
+        ids = ids.astype(self.dtype, copy=False)
+        while len(ids):
+            number, used = divmod(self.n_tokens, self.shard_tokens)
+            now, ids = np.split(ids, [self.shard_tokens - used])
+            with self._path(number).open("r+b" if used else "wb") as file:
+                file.seek(self._bytes(used) if used else 0)
+                file.write((b"" if used else bytes(4 * HEADER_INTS)) + now.tobytes())
+            self.n_tokens += len(now)
+
+    def cut(self, n_tokens: int) -> np.ndarray:
+        """Take the last tokens back; returns them."""
+        kept, parts = self.n_tokens - n_tokens, []
+        while self.n_tokens > kept:
+            number = (self.n_tokens - 1) // self.shard_tokens
+            begin = max(kept, number * self.shard_tokens)
+            offset = self._bytes(begin - number * self.shard_tokens)
+            parts.append(np.fromfile(self._path(number), self.dtype, self.n_tokens - begin, offset=offset))
+            os.truncate(self._path(number), offset)
+            self.n_tokens = begin
+            if begin % self.shard_tokens == 0:
+                self._path(number).unlink()
+        return np.concatenate([*reversed(parts), np.zeros(0, self.dtype)])
+
+    def sync(self) -> None:
+        """Have the disk hold what was added."""
+        if self.n_tokens % self.shard_tokens:
+            with self._path(self.n_tokens // self.shard_tokens).open("rb") as file:
+                os.fsync(file.fileno())
+
+    def finish(self) -> list[dict]:
+        """Write the headers. Returns for each shard its `file`, number of `tokens` and `sha256`, for meta.json."""
+        entries = []
+        for first in range(0, self.n_tokens, self.shard_tokens):
+            path, n_tokens = self._path(first // self.shard_tokens), min(self.shard_tokens, self.n_tokens - first)
+            header = np.zeros(HEADER_INTS, dtype="<i4")
+            header[:3] = self.magic, FORMATS[self.magic][0], n_tokens
+            with path.open("r+b") as file:
+                file.write(header.tobytes())
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+            entries.append({"file": path.name, "tokens": n_tokens, "sha256": digest})
+        return entries
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"{self.split}_{number:06d}.bin"
+
+    def _bytes(self, n_tokens: int) -> int:
+        return 4 * HEADER_INTS + n_tokens * self.dtype.itemsize
+
+
 def write_shards(
     directory: Path, split: str, documents: Iterable[np.ndarray], vocab_size: int, shard_tokens: int = SHARD_TOKENS
 ) -> list[dict]:
-    """Write the documents of a split, one after the other, as `<split>_000000.bin` and on.
-
-    Args:
-        documents: arrays of ids, each beginning with `<|endoftext|>`; they may run over a shard's end.
-        vocab_size: decides the width of the ids.
+    """Write the documents of a split, arrays of ids that each begin with `<|endoftext|>`.
 
     Returns:
         for each shard its `file`, number of `tokens` and `sha256`, for meta.json.
     """
-    magic = 20240520 if vocab_size <= 2**16 else 20240801
-    entries: list[dict] = []
-    waiting: list[np.ndarray] = []
-    n_waiting = 0
-
-    def flush(n_tokens: int) -> None:
-        nonlocal waiting, n_waiting
-        ids = np.concatenate(waiting)
-        waiting, n_waiting = [ids[n_tokens:]], len(ids) - n_tokens
-        name = f"{split}_{len(entries):06d}.bin"
-        digest = _write_shard(directory / name, ids[:n_tokens], magic)
-        entries.append({"file": name, "tokens": n_tokens, "sha256": digest})
-
+    writer = ShardWriter(directory, split, vocab_size, shard_tokens)
     for ids in documents:
-        waiting.append(ids.astype(FORMATS[magic][1]))
-        n_waiting += len(ids)
-        while n_waiting >= shard_tokens:
-            flush(shard_tokens)
-    if n_waiting:
-        flush(n_waiting)
-    return entries
-
-
-def _write_shard(path: Path, ids: np.ndarray, magic: int) -> str:
-    version, dtype = FORMATS[magic]
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = magic, version, len(ids)
-    content = header.tobytes() + ids.astype(dtype).tobytes()
-    path.write_bytes(content)
-    return hashlib.sha256(content).hexdigest()
+        writer.add(ids)
+    return writer.finish()
 
 
 def read_meta(directory: str | Path) -> dict:
@@ -135,20 +181,20 @@ class TokenDataset:
         meta = read_meta(directory)
         self.block_size, self.vocab_size = block_size, meta["vocab_size"]
         self.paths = [Path(directory) / entry["file"] for entry in meta["shards"][split]]
-        self.shards = []
+        self.lengths, self.dtypes = [], []
         for path, entry in zip(self.paths, meta["shards"][split]):
             shard = open_shard(path, entry["tokens"], entry["sha256"] if verify else None)
             if verify:
                 self._check_ids(path, shard)
-            self.shards.append(shard)
+            self.lengths.append(len(shard))
+            self.dtypes.append(shard.dtype)
         # The first window's number in each shard, and their count at the end.
-        counts = [max(0, (len(shard) - 1) // block_size) for shard in self.shards]
+        counts = [max(0, (length - 1) // block_size) for length in self.lengths]
         self.starts = np.cumsum([0, *counts])
         if len(self) == 0:
-            n = sum(map(len, self.shards))
             raise ValueError(
-                f"the {split} split of {directory} has {n} tokens, fewer than one window of block_size + 1 = "
-                f"{block_size + 1}; use a smaller block_size or more text"
+                f"the {split} split of {directory} has {sum(self.lengths)} tokens, fewer than one window of "
+                f"block_size + 1 = {block_size + 1}; use a smaller block_size or more text"
             )
 
     def __len__(self) -> int:
@@ -158,16 +204,23 @@ class TokenDataset:
         """The windows of these numbers, int64 (len(numbers), block_size + 1)."""
         shards = np.searchsorted(self.starts, numbers, side="right") - 1
         begins = (numbers - self.starts[shards]) * self.block_size
-        return np.stack([self._read(s, b, b + self.block_size + 1) for s, b in zip(shards, begins)])
+        return np.stack([self._read(s, b, self.block_size + 1) for s, b in zip(shards.tolist(), begins.tolist())])
 
     def tails(self) -> list[np.ndarray]:
         """What each shard holds after its last whole window, where that is something to predict."""
         begins = np.diff(self.starts) * self.block_size
-        return [self._read(s, b) for s, b in enumerate(begins) if len(self.shards[s]) - b > 1]
+        lengths = np.array(self.lengths) - begins
+        return [self._read(s, b, n) for s, (b, n) in enumerate(zip(begins.tolist(), lengths.tolist())) if n > 1]
 
-    def _read(self, s: int, begin: int, end: int | None = None) -> np.ndarray:
-        ids = self.shards[s][begin:end].astype(np.int64)
+    def _read(self, s: int, begin: int, n_tokens: int) -> np.ndarray:
+        # Read, not mapped: the pages of a map would count as this process's memory, and a map keeps its file open.
+        dtype = self.dtypes[s]
+        with open(self.paths[s], "rb", buffering=0) as file:
+            file.seek(4 * HEADER_INTS + begin * dtype.itemsize)
+            ids = np.frombuffer(file.read(n_tokens * dtype.itemsize), dtype).astype(np.int64)
         self._check_ids(self.paths[s], ids)  # a device would fail on a wrong one without saying where
+        if len(ids) < n_tokens:
+            raise ValueError(f"{self.paths[s]} has become shorter since the start")
         return ids
 
     def _check_ids(self, path: Path, ids: np.ndarray) -> None:

