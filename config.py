@@ -177,6 +177,8 @@ def parse_config(argv: list[str]) -> TrainConfig:
         if not Path(file).is_file():
             recipes = [path.name for path in DEFAULT_CONFIG.parent.glob("*.toml")]
             raise ValueError(f"there is no config file {file}{nearest(Path(file).name, recipes)}")
+        if Path(file).stat().st_size > 2**16:
+            raise ValueError(f"{file} is too long for a config file")
         try:
             in_file = tomllib.loads(Path(file).read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -84,11 +85,8 @@ def positive(text: str) -> int:
 
 
 def amount(text: str) -> int:
-    match = re.fullmatch(r"([\d.]+)([KMB]?)", text, re.IGNORECASE)
-    try:
-        value = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()] if match else 0
-    except ValueError:
-        value = 0
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)([KMB]?)", text, re.IGNORECASE | re.ASCII)
+    value = Decimal(match[1]) * 1000 ** " KMB".index(match[2].upper() or " ") if match else 0
     if value < 1 or value % 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of tokens such as 500M or 10B")
     return int(value)

@@ -23,6 +23,7 @@ from checkpoint import (
     begun_by_this_launch,
     load_state,
     newest_sound_checkpoint,
+    step_of,
 )
 from cli import run_script
 from config import TrainConfig, parse_config
@@ -271,7 +272,12 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
                 f"{run} was made with the tokens of {state['settings']['data']}; {cfg.data} now holds others: resume "
                 f"with those, or begin another run with --run_name NAME"
             )
-        progress = Progress(**state["progress"])
+        try:
+            progress = Progress(**state["progress"])
+        except TypeError as error:
+            raise ValueError(f"{checkpoint} was made by another version of this program: {error}") from error
+        if progress.step != step_of(checkpoint):
+            raise ValueError(f"{checkpoint} holds the state of step {progress.step}; delete it to use the one before")
         if progress.step > cfg.max_steps:
             raise ValueError(f"{run} is at step {progress.step} already, beyond max_steps {cfg.max_steps}")
     model = build_model(cfg, meta["vocab_size"], tokenizer.eot, checkpoint, rt)
@@ -347,7 +353,10 @@ def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | 
     if cfg.init_from == "scratch" and not checkpoint:
         torch.manual_seed(cfg.seed)
         fresh = {"dropout": cfg.dropout, "initializer_range": cfg.initializer_range, "eos_token_id": eot}
-        return GPT(GPTConfig(vocab_size=vocab_size, **fresh, **sizes)).to(rt.device)
+        try:
+            return GPT(GPTConfig(vocab_size=vocab_size, **fresh, **sizes)).to(rt.device)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"a model of these sizes does not fit the memory: {str(error).splitlines()[0]}") from error
     source = checkpoint or cfg.init_from
     # A shorter block_size cuts the position table; a checkpoint's was cut when its run began.
     model = GPT.from_pretrained(

@@ -41,7 +41,7 @@ def small_state(step: int = 0) -> dict[str, Any]:
     torch.manual_seed(step)
     moments = {"step": torch.tensor(float(step)), "exp_avg": torch.randn(32, 48), "half": torch.randn(7).bfloat16()}
     optimizer = {"state": {0: moments, 1: {"exp_avg": torch.randn(5)}}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
-    state = {"progress": {"step": step, "best": float("inf")}, "settings": {"run_name": "é", "none": None, "yes": True}}
+    state = {"progress": {"step": step, "best": float("inf")}, "settings": {"seed": 1, "name": "é", "none": None}}
     return state | {"data": "0" * 64, "optimizer": optimizer, "scaler": {"nested": [[torch.arange(3), [1, 2.5]], "x"]}}
 
 

@@ -23,6 +23,15 @@ from metrics import MetricsLog
 from model import GPT
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As many as the processes that are started here have: equal to the bit."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
 def untimed(run: str) -> list[dict]:
     return [{key: v for key, v in line.items() if key != "tokens_per_sec"} for line in metrics(run)]
 
