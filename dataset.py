@@ -25,6 +25,9 @@ class ShardWriter:
         vocab_size: decides the width of the ids.
         shard_tokens: of each shard but the last.
         n_tokens: how many of earlier tokens in the folder to keep and to go on from; what is beyond is cut off.
+
+    Raises:
+        ValueError: the folder does not hold so many.
     """
 
     def __init__(
@@ -34,6 +37,10 @@ class ShardWriter:
         self.magic = 20240520 if vocab_size <= 2**16 else 20240801
         self.dtype = FORMATS[self.magic][1]
         self.n_tokens = n_tokens
+        for first in range(0, n_tokens, shard_tokens):
+            path, n_needed = self._path(first // shard_tokens), min(shard_tokens, n_tokens - first)
+            if not path.is_file() or path.stat().st_size < self._bytes(n_needed):
+                raise ValueError(f"{path} does not hold the {n_needed} tokens that it should")
         for path in directory.glob(f"{split}_*.bin"):
             if path >= self._path(-(-n_tokens // shard_tokens)):
                 path.unlink()

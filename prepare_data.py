@@ -5,6 +5,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -106,9 +107,11 @@ def main(args: argparse.Namespace) -> None:
     """Prepare what the command line asks for."""
     tokenizer = getattr(args, "tokenizer", "gpt2")
     stem = {"hf": "hf", "text": "text", "shards": "shards"}.get(args.source, args.source)
-    folder = new_folder(args.name or stem + (f"-{Path(tokenizer).name}" if tokenizer != args.usual else ""))
+    usual_name = stem + (f"-{Path(tokenizer).name}" if tokenizer != args.usual else "")
+    folder = new_folder(usual_name if args.name is None else args.name)
     about: dict[str, Any] = {"source": args.source}
     expected_tokens = 0  # not known
+    identity: list[Any] = [getattr(args, "text_column", "text")]
     if args.source == "shards":
         return take_shards(args.place, folder)
     if args.source == "shakespeare":
@@ -116,6 +119,8 @@ def main(args: argparse.Namespace) -> None:
     elif args.source == "text":
         names = find_files(args.paths)
         about["source"] = names
+        stats = [Path(name).stat() for name in names if name != "-"]
+        identity += [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         sizes = [(Path(name).stat().st_size, split_name(Path(name))) for name in names if name != "-"]
         text_bytes = sum(size * (4 if ".parquet" in kinds or kinds[1] else 1) for size, kinds in sizes)
         expected_tokens = text_bytes // (1 if tokenizer == "bytes" else 4)
@@ -139,6 +144,7 @@ def main(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         dedup=args.dedup,
         expected_tokens=args.max_tokens or expected_tokens,
+        identity=identity,
     )
 
 
@@ -174,6 +180,9 @@ class Progress:
     tasks: int = 0
     train_tokens: int = 0
     val_tokens: int = 0
+    tokens_made: int = 0  # of which max_tokens may leave some out
+    kept_documents: int = 0
+    counts: dict[str, int] = field(default_factory=dict)  # of the text read
 
 
 def prepare(
@@ -187,6 +196,7 @@ def prepare(
     max_tokens: int | None = None,
     dedup: bool = False,
     expected_tokens: int = 0,
+    identity: Any = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
     """Write the tokens of a source as shards of both splits and meta.json. Killed and begun again, it goes on.
@@ -200,6 +210,7 @@ def prepare(
         dedup: leave out documents that came before; else they are counted only. (Documents of more than one piece
             are not compared.)
         expected_tokens: for which there must be room on the disk; 0: not known.
+        identity: what else tells this source from others; a killed preparation is gone on with if it is the same.
 
     Raises:
         ValueError: no text, no room, or a tokenizer without `<|endoftext|>`.
@@ -207,44 +218,51 @@ def prepare(
     if tokenizer.eot is None:
         raise ValueError(f"the tokenizer {tokenizer.name} has no end-of-text token, which begins each document here")
     partial = folder.with_name(f".{folder.name}.partial")
-    recipe = json.dumps([about, tokenizer.name, tokenizer.n_vocab, val_share, max_tokens, dedup, shard_tokens])
-    saved = load_progress(partial, recipe)
-    done = saved or Progress(recipe)
-    if not saved:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    recipe = json.dumps(
+        [about, identity, tokenizer.name, tokenizer.n_vocab, val_share, max_tokens, dedup, shard_tokens]
+    )
+    done, train, val = resume(partial, recipe, tokenizer.n_vocab, shard_tokens)
     width = 2 if tokenizer.n_vocab <= 2**16 else 4
     missing = width * (expected_tokens - done.train_tokens) - shutil.disk_usage(partial).free
     if missing > 0:
         raise ValueError(f"the disk of {folder} lacks about {missing / 1e9:.1f} GB for {expected_tokens:,} tokens")
-    train, val = (
-        ShardWriter(partial, split, tokenizer.n_vocab, shard_tokens, n_tokens)
-        for split, n_tokens in (("train", done.train_tokens), ("val", done.val_tokens))
-    )
-    skip, task = done.tasks, Task()
+
+    def limit() -> float:
+        """Of training tokens; more while the end may have to be held out."""
+        return math.inf if max_tokens is None else max_tokens if val.n_tokens else max_tokens / (1 - val_share)
+
     with tqdm(initial=train.n_tokens, unit="tok", unit_scale=True, desc=str(folder), dynamic_ncols=True) as bar:
-        for task, ids in tokenized(tasks(source, val_share, dedup, partial), skip, tokenizer.name, workers):
+        pieces = tasks(source, val_share, dedup, partial)
+        for task, ids in tokenized(pieces, done.tasks, tokenizer.name, workers):
+            if train.n_tokens >= limit():
+                break
             for is_held_out, array in ids:
+                done.tokens_made += len(array)
+                if not is_held_out and train.n_tokens + len(array) > limit():
+                    array = array[: max(0, int(limit()) - train.n_tokens)]
+                done.kept_documents += int(np.count_nonzero(array == tokenizer.eot))
                 (val if is_held_out else train).add(array)
             done.tasks += 1
-            complete = max_tokens is not None and train.n_tokens >= max_tokens
-            if done.tasks % TASKS_PER_SAVE == 0 and done.tasks > skip:
+            done.counts = task.counts
+            if done.tasks % TASKS_PER_SAVE == 0:
                 save_progress(partial, done, train, val)
             progress = train.n_tokens / max_tokens if max_tokens else task.read
             bar.total = max(train.n_tokens, int(train.n_tokens / progress)) if progress else None
             bar.set_postfix_str(f"{task.counts['documents']:,} documents", refresh=False)
             bar.update(train.n_tokens - bar.n)
-            if complete:
-                train.cut(train.n_tokens - max_tokens)
-                break
     if not train.n_tokens:
         raise ValueError("there is no text in it")
-    if not val.n_tokens:
-        tail = train.cut(min(int(val_share * train.n_tokens), SHARD_TOKENS))
+    save_progress(partial, done, train, val)
+    surplus = max(0, train.n_tokens - (max_tokens or train.n_tokens))
+    if val.n_tokens:
+        train.cut(surplus)
+    else:
+        tail = train.cut(max(surplus, min(int(val_share * train.n_tokens), SHARD_TOKENS)))
         val.add(np.concatenate([np.array([tokenizer.eot], tail.dtype), tail]))
     shards = {"train": train.finish(), "val": val.finish()}
     tokens = train.n_tokens + val.n_tokens
-    counts = task.counts | {"tokens": tokens, "bytes_per_token": round(task.counts["bytes"] / tokens, 3)}
+    counts = done.counts | {"documents": done.kept_documents, "tokens": tokens}
+    counts["bytes_per_token"] = round(counts.pop("bytes") / done.tokens_made, 3)
     counts["val_share"] = round(val.n_tokens / tokens, 6)
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, **about, **counts, "shards": shards}
     (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -259,13 +277,18 @@ def prepare(
     )
 
 
-def load_progress(partial: Path, recipe: str) -> Progress | None:
-    """How far an earlier preparation of the same came."""
+def resume(partial: Path, recipe: str, n_vocab: int, shard_tokens: int) -> tuple[Progress, ShardWriter, ShardWriter]:
+    """Where an earlier preparation of the same stopped, else the beginning, in an empty folder."""
     try:
         progress = Progress(**json.loads((partial / "progress.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-    return progress if progress.recipe == recipe else None
+        if progress.recipe != recipe:
+            raise ValueError("another preparation")
+        train = ShardWriter(partial, "train", n_vocab, shard_tokens, progress.train_tokens)
+        return progress, train, ShardWriter(partial, "val", n_vocab, shard_tokens, progress.val_tokens)
+    except (OSError, ValueError, TypeError):  # none, another, or killed while the end was held out
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        return Progress(recipe), *(ShardWriter(partial, split, n_vocab, shard_tokens) for split in ("train", "val"))
 
 
 def save_progress(partial: Path, progress: Progress, train: ShardWriter, val: ShardWriter) -> None:
@@ -397,18 +420,18 @@ def take_shards(place: str, folder: Path) -> None:
     shards: dict[str, list[dict]] = {split: [] for split in splits}
     with tqdm(total=len(found), unit=" shards", desc=str(folder)) as bar:
         for split, paths in splits.items():
-            for path in paths:
+            for number, path in enumerate(paths):
                 ids = open_shard(path)
                 if len(ids) and ids.max() >= tokenizer.n_vocab:
                     raise ValueError(f"{path} holds the id {ids.max()}, which is none of GPT-2's")
-                target = partial / path.name
+                target = partial / f"{split}_{number:06d}.bin"
                 try:
                     os.link(path.resolve(), target)
                 except OSError:  # another file system
                     shutil.copyfile(path, target)
                 with target.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()
-                shards[split].append({"file": path.name, "tokens": len(ids), "sha256": digest})
+                shards[split].append({"file": target.name, "tokens": len(ids), "sha256": digest})
                 bar.update()
     meta = {"tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab, "source": place, "shards": shards}
     (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

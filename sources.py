@@ -7,12 +7,14 @@ import codecs
 import csv
 import gzip
 import importlib.util
+import io
 import json
 import lzma
 import re
 import shutil
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,8 +151,8 @@ def files(names: list[str], text_column: str) -> Iterator[Piece]:
                 else:
                     for piece in pieces(_decoded(stream, name)):
                         yield Piece(piece.text, piece.begins, piece.ends, read())
-            except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
-                raise ValueError(f"{name} is not a whole {compression} file: {error}") from error
+            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+                raise ValueError(f"{name} cannot be read to its end: {str(error).splitlines()[0]}") from error
 
 
 def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
@@ -161,7 +163,7 @@ def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
     if compression == ".zst":
         import pyarrow
 
-        return pyarrow.input_stream(raw, compression="zstd")
+        return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"), 2**20)
     return raw
 
 
@@ -222,7 +224,7 @@ def _parquet(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
     from pyarrow import parquet
 
     with tempfile.TemporaryFile() as copy:
-        if not hasattr(stream, "fileno") or type(stream).__module__ != "_io":  # it is read from its end
+        if not isinstance(stream, io.BufferedReader) or not stream.seekable():  # it is read from its end
             shutil.copyfileobj(stream, copy)
             stream = copy
         try:
@@ -236,11 +238,11 @@ def _parquet(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
                 if not isinstance(text, str):
                     raise ValueError(f"{name}, row {row}: no text under {text_column!r}")
                 yield text
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
             raise ValueError(f"{name} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def hub(name: str, text_column: str, split: str = "train", **where: Any) -> Iterator[Piece]:
+def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> Iterator[Piece]:
     """The rows of a dataset on the Hugging Face hub, or in a local folder in its layout, as they are streamed.
 
     Args:
@@ -256,15 +258,15 @@ def hub(name: str, text_column: str, split: str = "train", **where: Any) -> Iter
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        rows = load_dataset(name, split=split, streaming=True, **where)
+        rows = load_dataset(dataset, split=split, streaming=True, **where)
         known = rows.info.splits[split].num_examples if rows.info.splits and split in rows.info.splits else 0
         if rows.column_names and text_column in rows.column_names:
             rows = rows.select_columns([text_column])
         for number, row in enumerate(rows, start=1):
             if not isinstance(row.get(text_column), str):
                 columns = ", ".join(row)
-                raise ValueError(f"{name}, row {number}: no text under {text_column!r}; --text_column of: {columns}")
+                raise ValueError(f"{dataset}, row {number}: no text under {text_column!r}; --text_column of: {columns}")
             yield from pieces([row[text_column]], number / known if known else 0.0)
     except (DatasetsError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the dataset {name} cannot be had: {reason}") from error
+        raise ValueError(f"the dataset {dataset} cannot be had: {reason}") from error
