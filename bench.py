@@ -1,17 +1,29 @@
-"""Measure how fast text is written: `python bench.py sample --model 124m`, beside transformers in the same run."""
+"""Measure speed: `python bench.py sample` of writing text, beside transformers; `python bench.py data` of data."""
 
 import argparse
+import gzip
+import json
+import multiprocessing
+import resource
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cli import run_script
+from dataset import TokenDataset, training_batches
 from inference import prepare
 from model import GPT, Generation, GPTConfig
 from runtime import describe, pick_device, pick_dtype
+from sources import plays
+from tokenizer import load_tokenizer
 
 SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), "1558m": (48, 25, 1600)}
 
@@ -28,6 +40,12 @@ def parse_args() -> argparse.Namespace:
     sample.add_argument("--dtypes", nargs="+", default=["auto"], help="ours: auto, float32, bfloat16, float16, int8")
     sample.add_argument("--device", default="auto")
     sample.add_argument("--compile", action="store_true", help="ours: compiled steps")
+    sample.set_defaults(run=bench_sample)
+    data = commands.add_parser("data", help="tokens per second of preparing data, beside tiktoken, and of reading it")
+    data.add_argument("--megabytes", type=int, default=120, help="text to prepare (default: 120)")
+    data.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
+    data.add_argument("--shards", type=int, default=100, help="to read, of 100M tokens each (default: 100)")
+    data.set_defaults(run=bench_data)
     return parser.parse_args()
 
 
@@ -130,6 +148,74 @@ def bench_sample(args: argparse.Namespace) -> None:
         print(f"batch {batch_size}: {best_hf / per_token[first]:.2f} times transformers' better dtype", flush=True)
 
 
+def count_tokens(texts: list[str]) -> int:
+    """What plain tiktoken does to them."""
+    encoding = load_tokenizer("gpt2").encoding
+    return sum(len(encoding.encode_ordinary(text)) for text in texts)
+
+
+def bench_data(args: argparse.Namespace) -> None:
+    plays_text = "".join(piece.text for piece in plays())
+    texts, size = [], 0
+    while size < args.megabytes * 10**6:  # documents of about 4 kB, no two alike
+        begin = len(texts) * 4000 % (len(plays_text) - 4000)
+        texts.append(f"{len(texts)} {plays_text[begin : begin + 4000]}")
+        size += len(texts[-1].encode())
+    with tempfile.TemporaryDirectory() as folder:
+        with gzip.open(Path(folder) / "texts.jsonl.gz", "wt", compresslevel=1) as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+        batches = [texts[i : i + 256] for i in range(0, len(texts), 256)]
+        for workers in args.workers:
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                pool.map(count_tokens, [["warm up"]] * workers * 4)
+                begin_time = time.perf_counter()
+                tokens = sum(pool.imap(count_tokens, batches))
+                plain = time.perf_counter() - begin_time
+            script = [sys.executable, Path(__file__).with_name("prepare_data.py"), "text", "texts.jsonl.gz"]
+            command = [*script, "--workers", str(workers), "--name", f"with-{workers}"]
+            begin_time = time.perf_counter()
+            subprocess.run(command, cwd=folder, check=True, capture_output=True)
+            whole = time.perf_counter() - begin_time
+            print(
+                f"{workers} processes, {size / 1e6:.0f} MB as .jsonl.gz: {tokens / whole:,.0f} tokens/s with start-up; "
+                f"tiktoken alone, from memory: {tokens / plain:,.0f}; ratio {plain / whole:.2f}",
+                flush=True,
+            )
+        bench_reading(Path(folder), args.shards)
+
+
+def bench_reading(folder: Path, n_shards: int, shard_tokens: int = 10**8) -> None:
+    """Open and read shards of zeros, which take no room: what it costs to find and read the windows."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, shard_tokens
+    entries = [{"file": f"train_{i:06d}.bin", "tokens": shard_tokens, "sha256": ""} for i in range(n_shards)]
+    for entry in entries:
+        with (folder / entry["file"]).open("wb") as file:
+            file.write(header.tobytes())
+            file.truncate(1024 + 2 * shard_tokens)
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "shards": {"train": entries, "val": entries[:1]}}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    begin = time.perf_counter()
+    dataset = TokenDataset(folder, "train", 1024, verify=False)
+    opened = time.perf_counter() - begin
+    options = {"seed": 1, "consumed": 0, "step_windows": 512, "batch_size": 32, "rank": 0, "world_size": 1}
+    batches = training_batches(dataset, **options)
+    begin = time.perf_counter()
+    next(batches)
+    first = time.perf_counter() - begin
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin, n = time.process_time(), 2000
+    for _ in range(n):
+        next(batches)
+    rate = n / (time.process_time() - begin)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(
+        f"{n_shards} shards, {n_shards * shard_tokens:,} tokens: opened in {opened * 1e3:.0f} ms, first batch after "
+        f"{first * 1e3:.0f} ms; {rate:,.0f} batches of 32 x 1,024 and {rate * 32 * 1024:,.0f} tokens a second of one "
+        f"core; memory grew by {grown:.1f} MiB over {n:,} batches"
+    )
+
+
 if __name__ == "__main__":
     arguments = parse_args()
-    run_script(lambda: bench_sample(arguments))
+    run_script(lambda: arguments.run(arguments))

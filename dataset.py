@@ -56,6 +56,9 @@ class ShardWriter:
             with self._path(number).open("r+b" if used else "wb") as file:
                 file.seek(self._bytes(used) if used else 0)
                 file.write((b"" if used else bytes(4 * HEADER_INTS)) + now.tobytes())
+                if used + len(now) == self.shard_tokens:
+                    file.flush()
+                    os.fsync(file.fileno())
             self.n_tokens += len(now)
 
     def cut(self, n_tokens: int) -> np.ndarray:

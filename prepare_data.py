@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import sqlite3
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -120,6 +121,7 @@ def main(args: argparse.Namespace) -> None:
         names = find_files(args.paths)
         about["source"] = names
         stats = [Path(name).stat() for name in names if name != "-"]
+        identity += [time.time_ns()] * ("-" in names)  # what comes there now is not what came there before
         identity += [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         sizes = [(Path(name).stat().st_size, split_name(Path(name))) for name in names if name != "-"]
         text_bytes = sum(size * (4 if ".parquet" in kinds or kinds[1] else 1) for size, kinds in sizes)
@@ -311,7 +313,7 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
         content = piece.text.encode("utf-8", "surrogatepass")
         task.read = piece.read
         if piece.begins:
-            if piece.ends and not content.strip():
+            if piece.ends and not piece.text.strip():
                 counts["empty"] += 1
                 continue
             digest = hashlib.blake2b(content, digest_size=16).digest()
