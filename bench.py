@@ -1,6 +1,7 @@
 """Measure speed: `python bench.py sample` of writing text, beside transformers; `python bench.py data` of data."""
 
 import argparse
+import functools
 import gzip
 import json
 import multiprocessing
@@ -148,9 +149,12 @@ def bench_sample(args: argparse.Namespace) -> None:
         print(f"batch {batch_size}: {best_hf / per_token[first]:.2f} times transformers' better dtype", flush=True)
 
 
+cached_tokenizer = functools.cache(load_tokenizer)
+
+
 def count_tokens(texts: list[str]) -> int:
     """What plain tiktoken does to them."""
-    encoding = load_tokenizer("gpt2").encoding
+    encoding = cached_tokenizer("gpt2").encoding
     return sum(len(encoding.encode_ordinary(text)) for text in texts)
 
 

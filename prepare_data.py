@@ -15,7 +15,7 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -341,6 +341,7 @@ Ids = list[tuple[bool, np.ndarray]]  # whether held out, and the ids
 
 def tokenized(source: Iterator[Task], skip: int, tokenizer_name: str, workers: int) -> Iterator[tuple[Task, Ids]]:
     """Each task but the first `skip`, in their order, with its ids."""
+    source = read_ahead(source)
     for _ in range(skip):
         next(source, None)
     # A small source is done before other processes have begun.
@@ -358,6 +359,15 @@ def tokenized(source: Iterator[Task], skip: int, tokenizer_name: str, workers: i
                 yield done, ids.result()
         for done, ids in waiting:
             yield done, ids.result()
+
+
+def read_ahead(source: Iterator[Task]) -> Iterator[Task]:
+    """The same, the next task read by a thread while this one is used."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, source, None)
+        while (task := coming.result()) is not None:
+            coming = thread.submit(next, source, None)
+            yield task
 
 
 @contextmanager

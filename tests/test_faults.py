@@ -63,7 +63,7 @@ def wait_for_lines(run: str, n: int) -> None:
 
 
 def test_signal_saves_and_the_run_goes_on_exactly(workplace: Path) -> None:
-    flags = ["--max_steps", "150", "--eval_interval", "40", "--checkpoint_interval", "0", "--dropout", "0.1"]
+    flags = ["--max_steps", "80", "--eval_interval", "30", "--checkpoint_interval", "0", "--dropout", "0.1"]
     run_tiny(*flags, "--run_name", "whole")
     kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     stopped = {kind: start(*flags, "--run_name", kind.name) for kind in kinds}
@@ -74,7 +74,7 @@ def test_signal_saves_and_the_run_goes_on_exactly(workplace: Path) -> None:
         output, errors = process.communicate(timeout=60)
         step = load_state(newest(kind.name))["progress"]["step"]
         assert process.returncode == 128 + kind, errors
-        assert f"stopped by {kind.name} after step {step}" in output and 5 <= step < 150
+        assert f"stopped by {kind.name} after step {step}" in output and 5 <= step < 80
         assert "Traceback" not in errors and metrics(kind.name)[-1]["step"] == step
         run_tiny(*flags, "--run_name", kind.name, "--resume")
         assert_same_run(kind.name, "whole")

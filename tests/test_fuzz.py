@@ -196,7 +196,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("magic", VOCAB_SIZES)
 @given(data=st.data())
-@settings(FUZZ, max_examples=150)
+@settings(FUZZ, max_examples=80)
 def test_a_mutated_shard_is_refused_by_name_where_shards_are_verified(
     folder: Path, magic: int, data: st.DataObject
 ) -> None:
@@ -215,7 +215,7 @@ def test_a_mutated_shard_is_refused_by_name_where_shards_are_verified(
 
 @pytest.mark.parametrize("magic", VOCAB_SIZES)
 @given(data=st.data())
-@settings(FUZZ, max_examples=250)
+@settings(FUZZ, max_examples=120)
 def test_no_id_outside_the_vocabulary_is_handed_out_of_an_unverified_shard(
     folder: Path, magic: int, data: st.DataObject
 ) -> None:
@@ -247,7 +247,7 @@ def odd_shards(draw: st.DrawFn) -> tuple[bytes, int]:
 
 @pytest.mark.parametrize("verify", [True, False])
 @given(case=odd_shards())
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=150)
 @example(case=(struct.pack("<3i1012x", 20240520, 1, 0), 0))
 @example(case=(struct.pack("<3i1012x", 20240520, 1, 1) + b"\0\0", 1))
 @example(case=(struct.pack("<3i1012x", 20240801, 7, 9) + bytes(36), 9))
@@ -317,7 +317,7 @@ def assert_clear_or_the_same_shards(mutated: bytes, corpus: Path, config: TrainC
 
 
 @given(data=st.data())
-@settings(FUZZ, max_examples=200)
+@settings(FUZZ, max_examples=100)
 def test_a_mutated_meta_json_is_a_clear_error_or_describes_the_same_shards(
     corpus: Path, config: TrainConfig, data: st.DataObject
 ) -> None:
@@ -369,7 +369,7 @@ def metrics_lines() -> bytes:
 
 
 @given(mutated=mutations(metrics_lines(), text=True), step=st.integers(0, 13))
-@settings(FUZZ, max_examples=400)
+@settings(FUZZ, max_examples=100)
 @example(mutated=metrics_lines() * 2, step=12)
 @example(mutated=b'{"step": 1}\n{"step": 3}\n{"step": 2}\n', step=12)
 @example(mutated=b'{"step": 1}\n{"step": true}\n', step=12)
@@ -488,7 +488,7 @@ ARGUMENTS = st.lists(
 
 
 @given(arguments=ARGUMENTS, after_a_file=st.booleans())
-@settings(FUZZ, max_examples=200)
+@settings(FUZZ, max_examples=100)
 @example(arguments=["x" * 5000], after_a_file=False)
 @example(arguments=["--learning_rate", "9" * 400], after_a_file=False)
 @example(arguments=["--seed", "9" * 5000], after_a_file=True)
@@ -541,7 +541,7 @@ def replaced(path: Path, content: bytes) -> Iterator[None]:
 
 
 @given(data=st.data(), name=st.sampled_from(FILES))
-@settings(FUZZ, max_examples=300)
+@settings(FUZZ, max_examples=150)
 def test_damage_to_any_file_of_a_checkpoint_is_found(newest: Path, data: st.DataObject, name: str) -> None:
     content = (newest / name).read_bytes()
     mutated = data.draw(mutations(content))

@@ -440,6 +440,7 @@ class StopAt:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saves", [1, 2, 3])
 @pytest.mark.parametrize(
     "how",
