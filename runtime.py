@@ -115,6 +115,7 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
             f"goes on from its newest checkpoint by itself, else with --resume"
         ) from error
     if world_size > 1:
+        dist.barrier()  # one that closes its connections early would break the others' ending
         dist.destroy_process_group()
 
 

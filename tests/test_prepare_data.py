@@ -691,7 +691,7 @@ def test_the_share_of_held_out_documents_is_near_the_one_asked_for(tmp_path: Pat
 
 
 @settings(max_examples=40, deadline=None)
-@given(texts=st.lists(st.text(min_size=1, max_size=20).filter(lambda t: t.encode().strip()), min_size=1, max_size=9))
+@given(texts=st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=1, max_size=9))
 def test_where_no_document_is_held_out_the_end_is(texts: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
         prepare_data.prepare(
