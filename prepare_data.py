@@ -267,16 +267,21 @@ def prepare(
     counts["bytes_per_token"] = round(counts.pop("bytes") / done.tokens_made, 3)
     counts["val_share"] = round(val.n_tokens / tokens, 6)
     meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, **about, **counts, "shards": shards}
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    for leftover in ("seen.db", "progress.json"):
-        (partial / leftover).unlink(missing_ok=True)
-    partial.rename(folder)
-    for split, entries in shards.items():
-        print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
+    publish(partial, folder, meta)
     print(
         f"{counts['documents']:,} documents ({counts['duplicates']:,} came twice{', left out' * dedup}, "
         f"{counts['empty']:,} empty), {counts['bytes_per_token']} bytes per token"
     )
+
+
+def publish(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
+    """Put finished shards in their place, described by meta.json."""
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    for leftover in ("seen.db", "progress.json"):
+        (partial / leftover).unlink(missing_ok=True)
+    partial.rename(folder)
+    for split, entries in meta["shards"].items():
+        print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
 
 
 def resume(partial: Path, recipe: str, n_vocab: int, shard_tokens: int) -> tuple[Progress, ShardWriter, ShardWriter]:
@@ -446,10 +451,7 @@ def take_shards(place: str, folder: Path) -> None:
                 shards[split].append({"file": target.name, "tokens": len(ids), "sha256": digest})
                 bar.update()
     meta = {"tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab, "source": place, "shards": shards}
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    partial.rename(folder)
-    for split, entries in shards.items():
-        print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
+    publish(partial, folder, meta)
 
 
 if __name__ == "__main__":
