@@ -106,6 +106,8 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
                 store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         yield Runtime(picked, rank, local_rank, world_size)
+        if world_size > 1:
+            dist.barrier()  # one that closes its connections early would break the others' ending
     except RuntimeError as error:
         if world_size == 1 or not LOST.search(str(error)):
             raise
@@ -115,7 +117,6 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
             f"goes on from its newest checkpoint by itself, else with --resume"
         ) from error
     if world_size > 1:
-        dist.barrier()  # one that closes its connections early would break the others' ending
         dist.destroy_process_group()
 
 
