@@ -104,7 +104,7 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> None:
 
     autocast = torch.autocast(rt.device.type, parts.dtype, enabled=parts.dtype != torch.float32)
     forward = compiled(model, parts.batch_size, autocast) if cfg.compile else model
-    parallel = DistributedDataParallel(forward) if rt.world_size > 1 else None
+    parallel = parallelised(forward, model, parts.batch_size, autocast) if rt.world_size > 1 else None
     batches = to_device(
         training_batches(
             parts.train_data,
@@ -406,6 +406,23 @@ def compiled(model: GPT, batch_size: int, autocast: AbstractContextManager) -> n
         )
         torch._dynamo.reset()
         return model
+
+
+def parallelised(
+    forward: nn.Module, model: GPT, batch_size: int, autocast: AbstractContextManager
+) -> DistributedDataParallel:
+    """The model with its gradients reduced over the processes.
+
+    DDP groups the gradients anew after its first backward pass, and with that adds them up in another order. So
+    the first is made here, for nothing: a run that is resumed then adds up in the order of one that goes on.
+    """
+    parallel = DistributedDataParallel(forward)
+    idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=model.wte.weight.device)
+    with autocast:
+        loss = parallel(idx, idx)[1]
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return parallel
 
 
 def synchronised_if(parallel: DistributedDataParallel | None, last: bool) -> AbstractContextManager:

@@ -2,8 +2,8 @@
 
     python tests/soak_kill.py --kills 200 [--processes 2] [--seed 1]
 
-The weights and the metrics must be the same bit for bit. With two processes one of them is killed, and torchrun
-brings the group back; with more, the order in which gradients are summed changes after a restart, and the last bits.
+The weights and the metrics must be the same bit for bit. With several processes one of them is killed, and torchrun
+brings the group back.
 """
 
 import argparse

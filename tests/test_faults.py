@@ -330,6 +330,6 @@ def test_resume_on_other_numbers_of_processes(workplace: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kills"), [(1, 25), (2, 5)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 25), (2, 5), (4, 5)])
 def test_killed_runs_end_as_if_left_in_peace(tmp_path: Path, processes: int, kills: int) -> None:
     assert soak(tmp_path, kills, processes).total() == kills
