@@ -44,10 +44,21 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in found if (path / SUMS_FILE).is_file()), key=step_of)
 
 
-def newest_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint of the newest run in a folder of runs."""
-    found = [paths[-1] for run in out.glob("*") if (paths := checkpoints(run))]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+def find_model(name: str | None) -> str | Path:
+    """What a script's MODEL stands for: a run's folder for its newest checkpoint, nothing for the newest run's.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    runs = [Path(name)] if name else list(Path("out").glob("*"))
+    if name and not (runs[0] / "checkpoints").is_dir():
+        return name  # a model's folder, or its name on the Hugging Face hub
+    newest = [paths[-1] for run in runs if (paths := checkpoints(run))]
+    if name and not newest:
+        raise ValueError(f"{name} has no complete checkpoint yet")
+    if not newest:
+        raise ValueError("there is no trained model under out/; run python train.py, or name a model")
+    return max(newest, key=lambda path: path.stat().st_mtime)
 
 
 def newest_sound_checkpoint(run: Path, before: int | None = None) -> Path | None:

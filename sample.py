@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import newest_checkpoint
+from checkpoint import find_model
 from cli import run_script
 from inference import prepare
 from model import GPT, Generation
@@ -25,7 +25,7 @@ COMPILE_FROM_TOKENS = {"cuda": 2000, "cpu": math.inf, "mps": math.inf}
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write text with a trained or published model.")
     what = parser.add_argument_group("what to write")
-    what.add_argument("--model", help="checkpoint folder or Hugging Face name (default: the newest run under out/)")
+    what.add_argument("--model", help="folder of a model or run, or Hugging Face name (default: the newest run)")
     what.add_argument("--prompt", default="", help="text to continue (default: a document's beginning)")
     what.add_argument("--prompts_file", type=Path, metavar="FILE", help="continue each line of a file")
     what.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D ends")
@@ -147,9 +147,7 @@ class Writer:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        source = args.model or newest_checkpoint(Path("out"))
-        if source is None:
-            raise ValueError("there is no trained model under out/; run python train.py, or name one with --model")
+        source = find_model(args.model)
         self.device = pick_device(args.device)
         int8 = args.dtype == "int8"
         dtype = pick_dtype("auto" if int8 else args.dtype, self.device, training=False)

@@ -21,8 +21,8 @@ from checkpoint import (
     begun_by_this_launch,
     checkpoints,
     damage,
+    find_model,
     load_state,
-    newest_checkpoint,
     newest_sound_checkpoint,
 )
 from model import GPT, GPTConfig
@@ -399,18 +399,23 @@ def test_step_that_is_saved_already_is_not_written_again(tmp_path: Path) -> None
     assert is_of(four, 4) and is_of(eight, 8)
 
 
-def test_newest_checkpoint_is_that_of_the_run_written_last(tmp_path: Path) -> None:
-    assert newest_checkpoint(tmp_path) is None
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.txt").write_text("no run")
-    write(tmp_path / "z", 500)
+def test_model_is_that_of_the_run_named_or_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="there is no trained model under out/"):
+        find_model(None)
+    out = Path("out")
+    (out / "empty" / "checkpoints").mkdir(parents=True)
+    (out / "notes.txt").write_text("no run")
+    write(out / "z", 500)
     time.sleep(0.05)  # file systems stamp times in ticks
-    [_, newest] = write(tmp_path / "b", 3, 7)
-    assert newest_checkpoint(tmp_path) == newest
+    [earlier, newest] = write(out / "b", 3, 7)
+    assert find_model(None) == newest
     time.sleep(0.05)
-    assert newest_checkpoint(tmp_path) == newest
-    [newest] = write(tmp_path / "a", 1)
-    assert newest_checkpoint(tmp_path) == newest
+    [other] = write(out / "a", 1)
+    assert find_model(None) == other and find_model("out/b") == newest
+    assert find_model(str(earlier)) == str(earlier) and find_model("gpt2") == "gpt2"
+    with pytest.raises(ValueError, match="out/empty has no complete checkpoint yet"):
+        find_model("out/empty")
 
 
 # Which process a run belongs to.
