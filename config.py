@@ -77,6 +77,10 @@ class TrainConfig:
     """Steps between evaluations; 0: only at the end."""
     eval_tokens: NonNegativeInt = 0
     """Validation tokens per evaluation, always the same ones; 0: all."""
+    eval_hellaswag: NonNegativeInt = 0
+    """HellaSwag examples scored at each evaluation, evenly spread; 10042: all; 0: none."""
+    hellaswag_data: str = ""
+    """File of HellaSwag's validation set (.jsonl or .parquet); empty: from the Hugging Face hub."""
     checkpoint_interval: NonNegativeInt = 1000
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: PositiveInt = 2
@@ -205,7 +209,7 @@ def parse_config(argv: list[str]) -> TrainConfig:
 CHANGEABLE = {
     *("data", "run_name", "resume", "batch_size", "max_steps", "device", "compile", "verify_data", "timeout"),
     *("max_bad_steps", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval"),
-    "wandb_project",
+    *("wandb_project", "eval_hellaswag", "hellaswag_data"),
 }
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 SWITCHES = [f"--{field.name}" for field in dataclasses.fields(TrainConfig) if field.type is bool]

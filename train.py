@@ -44,6 +44,7 @@ from runtime import (
     process_group,
     to_device,
 )
+from scoring import Example, build, check_fit, judge_all, read_rows, sample, summarise
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -72,6 +73,7 @@ class Parts:
     scaler: torch.amp.GradScaler
     dtype: torch.dtype
     progress: Progress
+    hellaswag: list[Example]  # scored at each evaluation
     step_windows: int  # over all processes
     batch_size: int  # windows of one process in a micro-step
     accumulation_steps: int
@@ -141,13 +143,17 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> None:
             paused = time.perf_counter()
             if evaluation_due and not stop:
                 val_loss, val_tokens, stop = evaluate(forward, parts, cfg.eval_tokens, autocast, signals, rt)
+                hellaswag = {}
+                if parts.hellaswag and not stop:
+                    hellaswag, stop = score_hellaswag(model, parts, autocast, signals, rt)
                 evaluation_due = bool(stop)
                 if log and not stop:
                     progress.best_val_loss = min(val_loss, progress.best_val_loss)
-                    log.write({"step": step, "tokens": step * step_tokens, "val_loss": val_loss})
+                    log.write({"step": step, "tokens": step * step_tokens, "val_loss": val_loss, **hellaswag})
                     bar.write(
                         f"step {step}: validation loss {val_loss:.4f} nats per token over {val_tokens:,} tokens "
                         f"(best: {progress.best_val_loss:.4f})"
+                        + "".join(f", {name} {value:.4f}" for name, value in hellaswag.items())
                     )
             last = stop or step == cfg.max_steps
             if writer and (checkpoint_due or last):
@@ -288,6 +294,10 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
     block_size = model.config.block_size
+    hellaswag: list[Example] = []
+    if cfg.eval_hellaswag:
+        rows = sample(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
+        hellaswag = check_fit(build("hellaswag", rows, tokenizer, block_size, block_size), block_size)
     verify = cfg.verify_data and rt.local_rank == 0
     return Parts(
         tokenizer,
@@ -299,6 +309,7 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
         scaler,
         dtype,
         progress,
+        hellaswag,
         *split_batch(cfg, block_size, rt.world_size),
         notes,
     )
@@ -462,6 +473,20 @@ def evaluate(
     everyones = gather(mine if rt.world_size == 1 else mine.to(rt.device), rt).cpu()  # (world_size, 3)
     loss, count = everyones[:, :2].sum(dim=0).tolist()
     return loss / max(count, 1), int(count), int(everyones[:, 2].max())
+
+
+def score_hellaswag(
+    model: GPT, parts: Parts, autocast: AbstractContextManager, signals: StopSignals, rt: Runtime
+) -> tuple[dict[str, float], int]:
+    """hellaswag_acc and hellaswag_acc_norm, and 0, or the number of a signal that broke it off.
+
+    The uncompiled model scores: each of the rows' many lengths would be compiled anew.
+    """
+    model.eval()
+    verdicts = judge_all(model, parts.hellaswag, parts.batch_size, autocast, rt, lambda _: not signals.signum)
+    model.train()
+    stop = int(gather(torch.tensor([float(signals.signum)], device=rt.device), rt).max())
+    return {} if stop else {f"hellaswag_{name}": s.value for name, s in summarise(verdicts).items()}, stop
 
 
 def write_passage(model: GPT, tokenizer: Tokenizer, max_new_tokens: int = 400) -> None:
