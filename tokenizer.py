@@ -199,6 +199,8 @@ def _load_hf(name: str, revision: str | None) -> HFTokenizer:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        if tokenizer.vocab_size == 0:  # it makes one of nothing where there are no files
+            raise ValueError("there is no vocabulary")
         return HFTokenizer(tokenizer, name)
     except Exception as error:  # transformers and tokenizers raise anything from KeyError to bare Exception
         if Path(name).is_dir():
