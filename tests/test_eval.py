@@ -221,7 +221,7 @@ def test_detokenized(words: str, text: str) -> None:
 def test_scores_are_those_of_lm_evaluation_harness(
     folder: str, hellaswag_rows: list[dict], lambada_rows: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own tasks with our files for the hub's; needs `pip install lm_eval`."""
+    """Its own tasks with our files for the hub's; needs `pip install lm_eval[hf]`."""
     lm_eval = pytest.importorskip("lm_eval")
     import yaml
     from lm_eval.models.huggingface import HFLM
