@@ -116,9 +116,9 @@ def evaluate(args: argparse.Namespace, rt: Runtime) -> None:
     def load() -> tuple[GPT, dict[str, list[Example]]]:
         if args.output and args.output.exists():
             raise ValueError(f"{args.output} exists already; remove it or name another file")
-        tokenizer = load_tokenizer(source)
         rows = {task: read_rows(task, args.data) for task in args.tasks if task != "loss"}
         model = GPT.from_pretrained(source, dtype=torch.float32, device=rt.device).eval()
+        tokenizer = load_tokenizer(source)
         if tokenizer.n_vocab > model.config.vocab_size:
             raise ValueError(f"{source} has {model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
         block_size = model.config.block_size
