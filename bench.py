@@ -1,17 +1,25 @@
-"""Measure speed: `python bench.py sample` of writing text, beside transformers; `python bench.py data` of data."""
+"""Measure speed: `python bench.py train` of training, `sample` of writing text beside transformers, `data` of data."""
 
 import argparse
+import contextlib
+import dataclasses
 import functools
 import gzip
+import io
+import itertools
 import json
 import multiprocessing
+import os
+import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +27,36 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from cli import run_script
-from dataset import TokenDataset, training_batches
+from config import TrainConfig, parse_config
+from dataset import TokenDataset, read_meta, training_batches, write_shards
 from inference import prepare
 from model import GPT, Generation, GPTConfig
-from runtime import describe, pick_device, pick_dtype
+from runtime import describe, peak_flops, pick_device, pick_dtype
 from sources import plays
 from tokenizer import load_tokenizer
 
+ROUNDS = 5  # of which the median is taken
 SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), "1558m": (48, 25, 1600)}
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure speed; nothing is printed that this run did not measure.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
+    train = commands.add_parser("train", help="tokens per second of train.py's loop, data included, for some settings")
+    train.add_argument("config", nargs="?", default="configs/gpt2_124m.toml", metavar="CONFIG.toml")
+    train.add_argument(
+        *("--set", "-s"),
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE,VALUE",
+        help="settings of train.py; of several values each is measured: batch_size=4,8 optimizer=adamw,muon",
+    )
+    train.add_argument("--steps", type=int, default=10, help="measured, after a fifth as many to warm up (default: 10)")
+    train.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of the first setting, for Perfetto")
+    train.add_argument(
+        "--nanogpt", type=Path, metavar="FOLDER", help="a clone of nanoGPT, timed as it ships beside the first"
+    )
+    train.set_defaults(run=bench_train)
     sample = commands.add_parser("sample", help="tokens per second of writing text, beside transformers' generate")
     sample.add_argument("--model", choices=SIZES, default="124m", help="size, with random weights (default: 124m)")
     sample.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
@@ -58,6 +83,126 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
+
+
+class Measured(Exception):
+    """Every line that a measurement needs has been written."""
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    names = [pair.partition("=")[0] for pair in args.set]
+    variants = list(itertools.product(*(pair.partition("=")[2].split(",") for pair in args.set)))
+    interval = max(1, args.steps // ROUNDS)
+    own = {"run_name": "bench", "max_steps": interval * (ROUNDS + 1), "log_interval": interval, "eval_interval": 0}
+    own |= {"warmup_steps": 1, "checkpoint_interval": 0, "verify_data": False, "resume": False, "wandb_project": ""}
+    configs = [
+        dataclasses.replace(parse_config([args.config, *(f"--{n}={v}" for n, v in zip(names, values))]), **own)
+        for values in variants
+    ]
+    rows: list[tuple[str, float]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "data").mkdir()
+        # Random tokens of GPT-2's vocabulary, unless data is set: what they are does not change the speed.
+        ids = np.random.default_rng(0).integers(50257, size=2**22, dtype=np.uint16)
+        shards = {split: write_shards(folder / "data", split, [ids], 50257) for split in ("train", "val")}
+        (folder / "data" / "meta.json").write_text(
+            json.dumps({"tokenizer": "gpt2", "vocab_size": 50257, "shards": shards})
+        )
+        print(
+            f"{args.config} on {describe(pick_device(configs[0].device))}, {ROUNDS} x {interval} steps each, torch {torch.__version__}, of train.py's own loop"
+        )
+        print("| settings | tokens/s | slowest | MFU | of a matrix product | peak GiB | start s |\n|" + "---|" * 7)
+        for values, cfg in zip(variants, configs):
+            trace = args.profile.resolve() if args.profile and not rows else None
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # with memory of its own
+                data = str(Path(cfg.data).resolve() if "data" in names else folder / "data")
+                found = pool.submit(time_training, dataclasses.replace(cfg, data=data), folder, trace).result()
+            settings = " ".join(f"{n}={v}" for n, v in zip(names, values)) or "as it is"
+            rows.append((settings, found["rate"]))
+            mfu = "" if found["mfu"] is None else f"{found['mfu']:.1%}"
+            print(
+                f"| {settings} | {found['rate']:,.0f} | {found['slowest']:,.0f} | {mfu} | {found['of_product']:.1%} | "
+                f"{found['memory']:.1f} | {found['start']:.1f} |",
+                flush=True,
+            )
+        if args.nanogpt:
+            cfg = configs[0]
+            rows.append(("nanoGPT as it ships", time_nanogpt(args.nanogpt, folder, ids, cfg)))
+            print(f"| {rows[-1][0]}, batch_size={cfg.batch_size} | {rows[-1][1]:,.0f} |")
+    for settings, rate in rows[1:]:
+        print(f"{rows[0][0]}: {rows[0][1] / rate:.2f} times {settings}")
+
+
+def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[str, float | None]:
+    """Run train.py's loop until it has logged enough; figures of the intervals after the first."""
+    import train  # here: only the process that measures needs it
+
+    os.chdir(folder)
+    shutil.rmtree("out", ignore_errors=True)
+    lines: list[tuple[float, dict]] = []
+    profiler = torch.profiler.profile() if trace else None
+
+    class Log(train.MetricsLog):
+        def write(self, figures: dict[str, float | int]) -> None:
+            super().write(figures)
+            lines.append((time.perf_counter(), figures))
+            if profiler and len(lines) == 1:
+                profiler.start()
+            if profiler and len(lines) == 2:
+                profiler.stop()
+                profiler.export_chrome_trace(str(trace))
+            if len(lines) == ROUNDS + 1:
+                raise Measured
+
+    train.MetricsLog = Log
+    begin = time.perf_counter()
+    with contextlib.suppress(Measured), contextlib.redirect_stdout(io.StringIO()):
+        train.train(cfg)
+    rates = [figures["tokens_per_sec"] for _, figures in lines[1:]]
+    rate, device = statistics.median(rates), pick_device(cfg.device)
+    vocab_size = read_meta(cfg.data)["vocab_size"]
+    gpt = GPTConfig(cfg.block_size or 1024, vocab_size, cfg.n_layer or 12, cfg.n_head or 12, cfg.n_embd or 768)
+    with torch.device("meta"):
+        flops = GPT(gpt).flops_per_token()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # on Linux in KiB
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(device)
+    return {
+        "rate": rate,
+        "slowest": min(rates),
+        "mfu": lines[-1][1].get("mfu") and rate * flops / peak_flops(device),
+        "of_product": rate * flops / product_flops(device, pick_dtype(cfg.dtype, device)),
+        "memory": memory / 2**30,
+        "start": lines[0][0] - begin - cfg.log_interval * cfg.total_batch_size / rate,
+    }
+
+
+def product_flops(device: torch.device, dtype: torch.dtype, n: int = 4096) -> float:
+    """FLOP/s of a large matrix product, the best of ten."""
+    a = torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / min(seconds(lambda: a @ a, device) for _ in range(10))
+
+
+def time_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -> float:
+    """Tokens per second that nanoGPT's train.py prints, with its own settings but for sizes, batch and device."""
+    shutil.copytree(clone, folder / "nanogpt", ignore=shutil.ignore_patterns(".git"))
+    (folder / "nanogpt" / "data" / "bench").mkdir(parents=True)
+    for split in ("train", "val"):
+        ids.tofile(folder / "nanogpt" / "data" / "bench" / f"{split}.bin")
+    block_size = cfg.block_size or 1024
+    accumulation = cfg.total_batch_size // (cfg.batch_size * block_size)
+    device = pick_device(cfg.device)
+    flags = {"dataset": "bench", "device": device.type, "compile": device.type == "cuda", "max_iters": cfg.max_steps}
+    flags |= {"n_layer": cfg.n_layer or 12, "n_head": cfg.n_head or 12, "n_embd": cfg.n_embd or 768}
+    flags |= {"batch_size": cfg.batch_size, "block_size": block_size, "gradient_accumulation_steps": accumulation}
+    flags |= {"eval_interval": 10**9, "eval_iters": 1, "log_interval": 1}
+    command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in flags.items())]
+    done = subprocess.run(command, cwd=folder / "nanogpt", capture_output=True, text=True)
+    times = [float(ms) for ms in re.findall(r"^iter \d+: .* time ([\d.]+)ms", done.stdout, re.MULTILINE)]
+    if done.returncode or len(times) <= cfg.log_interval:
+        raise ValueError(f"nanoGPT in {clone} ended badly: {done.stderr.strip().splitlines()[-1:]}")
+    return accumulation * cfg.batch_size * block_size / (statistics.median(times[cfg.log_interval :]) / 1e3)
 
 
 def read_bandwidth(device: torch.device) -> float:
