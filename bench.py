@@ -110,7 +110,8 @@ def bench_train(args: argparse.Namespace) -> None:
             json.dumps({"tokenizer": "gpt2", "vocab_size": 50257, "shards": shards})
         )
         print(
-            f"{args.config} on {describe(pick_device(configs[0].device))}, {ROUNDS} x {interval} steps each, torch {torch.__version__}, of train.py's own loop"
+            f"{args.config} on {describe(pick_device(configs[0].device))}, torch {torch.__version__}; train.py's own "
+            f"loop, {ROUNDS} x {interval} steps of each, the median"
         )
         print("| settings | tokens/s | slowest | MFU | of a matrix product | peak GiB | start s |\n|" + "---|" * 7)
         for values, cfg in zip(variants, configs):
