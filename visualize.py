@@ -112,6 +112,7 @@ class Subject:
     name: str  # stands in every title
     run: Path | None  # that the model belongs to
     ids: list[int]  # of the text, at most MAX_TOKENS
+    chosen: list[int]  # tokens whose neighbours are shown
     args: argparse.Namespace
 
     @property
@@ -339,17 +340,18 @@ def save(subject: Subject, figure: Figure, file: str) -> str:
     return file
 
 
-def heatmap(axes: Axes, values: Tensor, limit: float | None = None, **names: str) -> None:
-    """An image of values (rows, columns), white at 0; beyond the 99.5th percentile, or `limit`, all are as dark."""
+def heatmap(axes: Axes, values: Tensor, limit: float = 0, rows: Sequence[str] = (), **names: str) -> None:
+    """An image of values (rows, columns), white at 0. From `limit` on, else the 99.5th percentile, all are as dark."""
     limit = limit or float(np.quantile(values.abs().numpy(), 0.995)) or 1.0
-    image = axes.imshow(
-        values.numpy(), cmap="RdBu_r", norm=Normalize(-limit, limit), aspect="auto", interpolation="nearest"
-    )
-    axes.figure.colorbar(image, ax=axes, label="value", extend="both")
+    norm = Normalize(-limit, limit)
+    image = axes.imshow(values.numpy(), cmap="RdBu_r", norm=norm, aspect="auto", interpolation="nearest")
+    axes.figure.colorbar(image, ax=axes, label="value", extend="both" if values.abs().max() > limit else "neither")
     axes.set(**names)
+    if rows:
+        axes.set_yticks(range(len(rows)), rows, family="DejaVu Sans Mono")
 
 
-def bars(axes: Axes, labels: list[str], values: Sequence[float], text: str = "{:.2f}", **names: str) -> None:
+def bars(axes: Axes, labels: list[str], values: Sequence[float], text: str = "{:.3f}", **names: str) -> None:
     """Horizontal bars, the first at the top, with their values."""
     container = axes.barh(range(len(labels)), values, color="#6699cc")
     axes.bar_label(container, [text.format(value) for value in values], padding=3, fontsize=8)
@@ -377,7 +379,7 @@ def draw_tokens(subject: Subject, title: str, file: str, ids: Sequence[int], not
             middle = x + widths[i] / 2 - 0.15
             style = {"family": "DejaVu Sans Mono", "ha": "center", "va": "center"}
             axes.text(middle, row + 0.3, labels[i], fontsize=9, **style)
-            axes.text(middle, row + 0.7, notes[i], fontsize=7, color="#555555", **style)
+            axes.text(middle, row + 0.7, notes[i], fontsize=7, color="#333333", **style)
             x += widths[i]
     return save(subject, figure, file)
 
@@ -443,16 +445,17 @@ def draw_positions(subject: Subject) -> Iterator[Section]:
     for channel in wpe.std(dim=0, correction=0).topk(min(3, wpe.shape[1])).indices.tolist():
         curves.plot(wpe[:, channel].numpy(), label=f"channel {channel}", linewidth=1)
     curves.set(title="the three channels that vary most", xlabel="position", ylabel="value")
-    curves.legend()
+    curves.margins(y=0.15)
+    curves.legend(loc="upper center", ncols=3, fontsize=7)
     unit = F.normalize(wpe, dim=1)
     shown = similarity.imshow((unit @ unit.T).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     figure.colorbar(shown, ax=similarity, label="cosine")
     similarity.set(title="cosine similarity between positions", xlabel="position", ylabel="position")
     yield Section(
         "Position embeddings",
-        "A vector is learnt for each position and added to the token's. Trained long enough, neighbouring positions are "
-        "alike and many channels are slow waves; positions that training never reached stay noise. For comparison, "
-        "GPT-2's published 124M table has mean -0.0007, std 0.1227, min -4.5381, max 4.0653.",
+        "A vector is learnt for each position and added to the token's. Trained long enough, neighbours are alike and "
+        "many channels are slow waves; positions that training never reached stay noise. For comparison, GPT-2's "
+        "published 124M table has mean -0.0007, std 0.1227, min -4.5381, max 4.0653.",
         save(subject, figure, "positions.png"),
         html_table(("mean", "std", "min", "max"), [[f"{value:.4f}" for value in (mean, std, low, high)]]),
     )
@@ -486,11 +489,8 @@ def draw_embeddings(subject: Subject) -> Iterator[Section]:
 
 def draw_neighbours(subject: Subject) -> Iterator[Section]:
     unit = F.normalize(subject.wte, dim=1)
-    chosen = [ids[0] for text in TOKENS if len(ids := subject.tokenizer.encode(text)) == 1][:6]
-    if subject.args.tokens:
-        chosen = [token_of(subject.tokenizer, text) for text in subject.args.tokens]
-    figure, all_axes = panels(subject, "Nearest neighbours among the token embeddings", len(chosen), 2.4)
-    for axes, token in zip(all_axes, chosen):
+    figure, all_axes = panels(subject, "Nearest neighbours among the token embeddings", len(subject.chosen), 2.4)
+    for axes, token in zip(all_axes, subject.chosen):
         cosines = unit @ unit[token]
         cosines[token] = -torch.inf
         values, ids = cosines.topk(min(8, len(unit) - 1))
@@ -501,13 +501,6 @@ def draw_neighbours(subject: Subject) -> Iterator[Section]:
         "Tokens whose embeddings point in the most similar directions. Choose others with --tokens.",
         save(subject, figure, "neighbours.png"),
     )
-
-
-def token_of(tokenizer: Tokenizer, text: str) -> int:
-    ids = tokenizer.encode(text, allow_eot=True)
-    if len(ids) != 1:
-        raise ValueError(f"--tokens {text!r} is {len(ids)} tokens of {tokenizer.name}, not one; blanks count")
-    return ids[0]
 
 
 def draw_hardly_trained(subject: Subject) -> Iterator[Section]:
@@ -523,9 +516,9 @@ def draw_hardly_trained(subject: Subject) -> Iterator[Section]:
     names = ", ".join(f"{label(subject.tokenizer, token)} ({token})" for token in ids[:100])
     yield Section(
         "Hardly trained tokens",
-        "Rows that training hardly ever showed move all alike and end in a clump; in GPT-2's published weights that of "
-        "tokens like ␣SolidGoldMagikarp lies near the mean row. The clump's middle is the mean of the nearest 8 rows (or "
-        "a thousandth of the vocabulary), searched from the mean row on; a token belongs to it when it is nearer than "
+        "Rows of tokens that training hardly ever showed move all alike and end in a clump; in GPT-2's published "
+        "weights that of ␣SolidGoldMagikarp and its like lies near the mean row. The clump's middle is the mean of the "
+        "8 nearest rows (or a thousandth of all), searched from the mean row on; a token belongs to it if nearer than "
         f"half of what 95 % of all rows keep. {found}{': ' if ids else '.'}{names}"
         + (f" and {len(ids) - 100:,} more." if len(ids) > 100 else "." * bool(ids)),
         save(subject, figure, "hardly_trained.png"),
@@ -558,13 +551,10 @@ def draw_text(subject: Subject) -> Iterator[Section]:
     text = "Each box is a token, with its id beneath. ␣ is a blank; escapes such as \\n stand for what has no glyph."
     yield Section("Text to tokens", text, draw_tokens(subject, title, "text.png", ids, list(map(str, ids)), colours))
     n = subject.tokenizer.n_vocab
-    ranges = subject.args.ids or [
-        range(min(n, 96)),
-        range(max(n // 2, 96), min(n // 2 + 96, n - 96)),
-        range(max(n - 96, 96), n),
-    ]
+    usual = [range(n)] if n <= 300 else [range(96), range(n // 2, n // 2 + 96), range(n - 96, n)]
+    ranges = subject.args.ids or usual
     ids = [token for part in ranges for token in part]
-    title = "Ids back to tokens: " + ", ".join(f"{part[0]} to {part[-1]}" for part in ranges if part)
+    title = "Ids back to tokens: " + ", ".join(f"{part[0]} to {part[-1]}" for part in ranges)
     yield Section(
         "Ids to tokens",
         "What ids stand for. Bytes that are no UTF-8 by themselves are shown as \\x escapes. Choose others with --ids.",
@@ -580,20 +570,17 @@ def draw_lookup(subject: Subject) -> Iterator[Section]:
     looked_up, product = wte[ids], one_hot @ wte  # (T, n_embd) both
     difference = (looked_up - product).abs().max().item()
     figure = new_figure(subject, f"Lookup and one-hot product: largest difference {difference:g}", 13, 4)
+    hot_axes, *others = figure.subplots(1, 3)
     occurring = ids.unique()
-    hot_axes, product_axes, lookup_axes = figure.subplots(1, 3)
-    heatmap(
-        hot_axes, one_hot[:, occurring], 1.0, title=f"one-hot, {len(occurring)} of {len(wte):,} columns", xlabel="id"
-    )
+    title = f"one-hot rows, {len(occurring)} of {len(wte):,} columns"
+    heatmap(hot_axes, one_hot[:, occurring], 1.0, labels, title=title, xlabel="id")
     hot_axes.set_xticks(range(len(occurring)), map(str, occurring.tolist()), rotation=90)
-    heatmap(product_axes, product, title="one-hot @ table", xlabel="channel")
-    heatmap(lookup_axes, looked_up, title="rows of the table", xlabel="channel")
-    for axes in (hot_axes, product_axes, lookup_axes):
-        axes.set_yticks(range(len(ids)), labels, family="DejaVu Sans Mono")
+    for axes, values, title in zip(others, (product, looked_up), ("one-hot rows @ table", "rows of the table")):
+        heatmap(axes, values, rows=labels, title=title, xlabel="channel")
     yield Section(
         "The embedding is a lookup",
-        f"Multiplying one-hot rows with the embedding's table picks its rows. Measured on the real table, over the whole "
-        f"vocabulary: the largest absolute difference is {difference:g}. Shown are the columns of ids that occur.",
+        "One-hot rows times the embedding's table are rows of the table. Measured with the whole table, the largest "
+        f"absolute difference is {difference:g}. Of the one-hot rows only the columns of ids that occur are shown.",
         save(subject, figure, "lookup.png"),
     )
     entered: list[Tensor] = []
@@ -604,15 +591,15 @@ def draw_lookup(subject: Subject) -> Iterator[Section]:
         hook.remove()
     positions = subject.model.wpe.weight[: len(ids)]
     difference = (looked_up + positions - entered[0]).abs().max().item()
+    limit = entered[0].abs().max().item()
     figure = new_figure(subject, f"Token + position = first hidden state: largest difference {difference:g}", 13, 4)
     parts = {"token": looked_up, "position": positions, "sum, as the model has it": entered[0]}
     for axes, (title, values) in zip(figure.subplots(1, 3), parts.items()):
-        heatmap(axes, values, title=title, xlabel="channel")
-        axes.set_yticks(range(len(ids)), labels, family="DejaVu Sans Mono")
+        heatmap(axes, values, limit, labels, title=title, xlabel="channel")
     yield Section(
         "The first hidden state",
-        "What enters the first block is the token's embedding plus the position's. The sum is taken from the running "
-        f"model; its largest absolute difference from the two parts added is {difference:g}.",
+        "What enters the first block is the token's embedding plus the position's. The sum is what the running model "
+        f"has there; its largest absolute difference from the two parts added is {difference:g}.",
         save(subject, figure, "hidden.png"),
     )
 
@@ -628,19 +615,17 @@ def draw_surprise(subject: Subject) -> Iterator[Section]:
     axes = figure.subplots()
     axes.bar(range(len(ids)), bits.numpy(), color=["#cc3333" if i in marked else "#6699cc" for i in range(len(ids))])
     for i in marked:
-        axes.annotate(
-            subject.label(ids[i]), (i, bits[i]), (0, 3), textcoords="offset points", ha="center", rotation=90, va="bottom",
-            family="DejaVu Sans Mono",
-        )  # fmt: skip
+        place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom", "rotation": 90}
+        axes.annotate(subject.label(ids[i]), (i, bits[i]), family="DejaVu Sans Mono", **place)
     axes.set(xlabel="position in the text, tokens", ylabel="surprise, bits")
     axes.margins(x=0.01, y=0.25)
     yield Section(
         "Surprise along a text",
-        "How unlikely the model found each token, given those before it: minus the base-2 logarithm of its probability. "
-        f"The {MARKED} most surprising are marked.",
+        "How unlikely each token was to the model, given those before it: minus the base-2 logarithm of its "
+        f"probability. The {MARKED} most surprising tokens are marked.",
         save(subject, figure, "surprise.png"),
     )
-    shades = colormaps["Reds"](np.clip(known.numpy() / 16, 0, 0.8))
+    shades = colormaps["Reds"](np.clip(known.numpy() / 30, 0, 0.5))
     notes = [f"{value:.1f}" if value == value else "?" for value in bits.tolist()]
     file = draw_tokens(subject, "Bits of surprise of each token", "surprise_tokens.png", ids, notes, list(shades))
     yield Section(
@@ -660,7 +645,7 @@ def draw_surprise(subject: Subject) -> Iterator[Section]:
             axes,
             labels,
             [p for _, p in shown],
-            "{:.2g} %",
+            "{:.3g} %",
             xlabel="probability, %",
             title=f"{i}: after {before or 'nothing'}",
         )
@@ -725,7 +710,9 @@ def animate(figure: Figure, maps: list[AxesImage], labels: list[str], path: Path
         shown.set_visible(False)
     frame = pixels()
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 13)
-    palette = full.quantize(255)
+    colours = np.concatenate([colormaps["viridis"](np.linspace(0, 1, 200)), colormaps["gray"](np.linspace(0, 1, 56))])
+    palette = Image.new("P", (1, 1))
+    palette.putpalette((255 * colours[:, :3]).round().astype(np.uint8).tobytes())
     draw, frames = ImageDraw.Draw(frame), []
     for t in range(len(labels)):
         for shown in maps:
@@ -773,27 +760,27 @@ def draw_run(subject: Subject) -> Iterator[Section]:
 
 
 def draw_comparison(subject: Subject) -> Iterator[Section]:
-    runs = {run.resolve(): run for run in ([subject.run] if subject.run else []) + subject.args.compare}
     if not subject.args.compare:
         return
-    figure = new_figure(subject, f"{len(runs)} runs", 12, 5)
-    all_axes = figure.subplots(1, 2, sharey=True)
-    levels = set()
-    for number, run in enumerate(runs.values()):
-        curves = read_curves(run)
-        levels |= {published_level(run)} - {None}
-        for axes, x in zip(all_axes, ("tokens", "hours")):
-            axes.plot(curves.train[x], curves.train["train_loss"], color=f"C{number}", linewidth=0.6, alpha=0.5)
-            ends = f"{curves.name}: {curves.val['val_loss'][-1]:.3f}" if len(curves.val["val_loss"]) else curves.name
-            axes.plot(curves.val[x], curves.val["val_loss"], "o-", color=f"C{number}", markersize=4, label=ends)
-            axes.set_ylabel("loss, nats a token")
-    for axes in all_axes:
+    folders = {run.resolve(): run for run in [*filter(None, [subject.run]), *subject.args.compare]}.values()
+    runs = [read_curves(run) for run in folders]
+    levels = {published_level(run) for run in folders} - {None}
+    figure = new_figure(subject, f"{len(runs)} runs compared", 12, 5)
+    longest = max(run.train["hours"][-1] for run in runs)
+    unit, per_hour = ("hours", 1) if longest > 2 else ("minutes", 60)
+    for axes, x, scale in zip(figure.subplots(1, 2, sharey=True), ("tokens", "hours"), (1, per_hour)):
+        for number, run in enumerate(runs):
+            last = f": {run.val['val_loss'][-1]:.3f}" if len(run.val["val_loss"]) else ""
+            style = {"color": f"C{number}", "linewidth": 0.7}
+            axes.plot(run.train[x] * scale, run.train["train_loss"], alpha=0.5, **style)
+            axes.plot(run.val[x] * scale, run.val["val_loss"], "o-", markersize=4, label=run.name + last, **style)
         for level in levels:
             axes.axhline(level, color="gray", linestyle="--", label=f"GPT-2 as published: {level}")
         axes.legend(title="validation loss at the end")
-    all_axes[0].set(title="against tokens", xlabel="tokens seen")
-    all_axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
-    all_axes[1].set(title="against time", xlabel="hours of training")
+        axes.set(title=f"against {'tokens' if x == 'tokens' else 'time'}", ylabel="loss, nats a token")
+        axes.set_xlabel("tokens seen" if x == "tokens" else f"{unit} of training")
+        if x == "tokens":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     yield Section(
         "Runs compared",
         "Thin: training loss; dots: validation loss. Time is reckoned from tokens_per_sec, evaluations left out.",
@@ -893,21 +880,33 @@ def load(args: argparse.Namespace) -> Subject:
         if args.text is not None:
             print(f"the text is longer than {limit} tokens; its last {limit} are shown", file=sys.stderr)
         ids = ids[-limit:]
-    if max(ids) >= config.vocab_size:
-        raise ValueError(f"the tokenizer of {source} has id {max(ids)}, the model only {config.vocab_size} tokens")
+    chosen = [found[0] for text in TOKENS if len(found := tokenizer.encode(text)) == 1][:6] or ids[:1]
+    if args.tokens:
+        found = [tokenizer.encode(text, allow_eot=True) for text in args.tokens]
+        if wrong := [(text, len(made)) for text, made in zip(args.tokens, found) if len(made) != 1]:
+            raise ValueError(
+                f"--tokens {wrong[0][0]!r} is {wrong[0][1]} tokens of {tokenizer.name}, not one; blanks count"
+            )
+        chosen = [token for (token,) in found]
+    if max(ids + chosen) >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {source} has id {max(ids + chosen)}, the model only {config.vocab_size} tokens"
+        )
     folder = Path(source)
     of_run = folder.parent.name == "checkpoints"
     name = (
         f"{folder.parents[1].name}, step {step_of(folder):,}" if of_run else folder.name if folder.is_dir() else source
     )
     run = folder.parents[1] if of_run and (folder.parents[1] / "metrics.jsonl").is_file() else None
-    return Subject(model, tokenizer, f"{name} ({model.num_params() / 1e6:,.1f}M parameters)", run, ids, args)
+    return Subject(model, tokenizer, f"{name} ({model.num_params() / 1e6:,.1f}M parameters)", run, ids, chosen, args)
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids = tokenizer.encode(text)
-    if not ids:
+    if not text:
         raise ValueError("the text is empty; give --text at least a character")
+    ids = tokenizer.encode(text)
+    if not ids:  # of a folder without a vocabulary transformers makes a tokenizer that knows nothing
+        raise ValueError(f"{tokenizer.name} holds no tokenizer that makes tokens of this text")
     return ids
 
 
