@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import checkpoints, find_model, step_of
+from checkpoint import checkpoints, find_model
 from cli import run_script
 from metrics import parsed_line
 from model import GPT
@@ -659,17 +659,17 @@ def draw_surprise(subject: Subject) -> Iterator[Section]:
 def draw_attention(subject: Subject) -> Iterator[Section]:
     model, args = subject.model, subject.args
     eot = subject.tokenizer.eot
-    ids, what = subject.ids, "the text"
+    ids, written = subject.ids, ""
     if args.text is None and eot is not None:
         n = min(MAX_TOKENS, model.config.block_size)
         ids = model.generate(torch.tensor([[eot]]), n - 1, temperature=0.8, top_k=200, top_p=0.95, seed=0)[0].tolist()
-        what = "a text that it writes"
+        written = " that it writes"
     T = len(ids)
     heads = range(model.config.n_head) if args.head is None else [args.head]
     layers = range(args.layer, min(args.layer + LAYERS, model.config.n_layer))
     weights = attention_weights(model, torch.tensor([ids]))
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
-    title = f"Attention while reading {what} of {T} tokens"
+    title = f"Attention over {T} tokens{written}"
     figure = new_figure(subject, title, max(6, 3.3 * len(layers) + 1), 3.3 * len(heads) + 1.2)
     grid = figure.subplots(len(heads), len(layers), squeeze=False)
     maps = []
@@ -679,11 +679,13 @@ def draw_attention(subject: Subject) -> Iterator[Section]:
             norm = PowerNorm(0.4, 0, 1)
             maps.append(axes.imshow(shown.numpy(), cmap="viridis", norm=norm, interpolation="nearest"))
             axes.set(title=f"layer {layer}, head {head}", xlabel="to position", ylabel="from position")
-            if T <= 32:
-                labels = [subject.label(token) for token in ids]
+            axes.label_outer()
+            if T <= 32 and len(heads) == 1:
+                labels = [subject.label(token)[:10] for token in ids]
                 axes.set_xticks(range(T), labels, rotation=90, family="DejaVu Sans Mono", fontsize=7)
                 axes.set_yticks(range(T), labels, family="DejaVu Sans Mono", fontsize=7)
-    figure.colorbar(maps[0], ax=grid, label="attention weight", ticks=[0, 0.01, 0.1, 0.3, 1], format="{x:g}")
+    bar = {"label": "attention weight", "ticks": [0, 0.01, 0.1, 0.3, 1], "format": "{x:g}"}
+    figure.colorbar(maps[0], ax=grid, aspect=20 * len(heads), **bar)
     figure.supxlabel(" ")  # room for the caption of the animation
     explanation = (
         "Each row is a token, and the colours say how much it attends to each one before it; a row sums to 1, and what "
@@ -710,7 +712,7 @@ def animate(figure: Figure, maps: list[AxesImage], labels: list[str], path: Path
         shown.set_visible(False)
     frame = pixels()
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 13)
-    colours = np.concatenate([colormaps["viridis"](np.linspace(0, 1, 200)), colormaps["gray"](np.linspace(0, 1, 56))])
+    colours = np.concatenate([colormaps["viridis"](np.linspace(0, 1, 240)), colormaps["gray"](np.linspace(0, 1, 16))])
     palette = Image.new("P", (1, 1))
     palette.putpalette((255 * colours[:, :3]).round().astype(np.uint8).tobytes())
     draw, frames = ImageDraw.Draw(frame), []
@@ -729,68 +731,44 @@ def animate(figure: Figure, maps: list[AxesImage], labels: list[str], path: Path
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def draw_run(subject: Subject) -> Iterator[Section]:
-    if subject.run is None:
+def draw_runs(subject: Subject) -> Iterator[Section]:
+    folders = {run.resolve(): run for run in filter(None, [subject.run, *subject.args.compare])}.values()
+    runs = [read_curves(run) for run in folders]
+    if not runs:
         return
-    curves, level = read_curves(subject.run), published_level(subject.run)
-    figure = new_figure(subject, "Training", 11, 6.5)
-    loss, rate, norm, speed = figure.subplots(2, 2).flat
-    loss.plot(curves.train["tokens"], curves.train["train_loss"], linewidth=0.8, label="training")
-    loss.plot(curves.val["tokens"], curves.val["val_loss"], "o-", markersize=3, label="validation")
-    if level:
-        loss.axhline(level, color="gray", linestyle="--", label=f"GPT-2 as published: {level}")
-    loss.set(title="loss", ylabel="nats a token")
-    loss.legend()
-    for axes, key, title, unit in (
-        (rate, "lr", "learning rate", "step size"),
-        (norm, "grad_norm", "gradient norm, before clipping", "norm"),
-        (speed, "tokens_per_sec", "speed", "tokens a second"),
-    ):
-        axes.plot(curves.train["tokens"], curves.train[key], linewidth=0.8)
-        axes.set(title=title, ylabel=unit, ylim=(0, None))
-    for axes in figure.axes:
+    figure = new_figure(subject, "Training" + f", {len(runs)} runs" * (len(runs) > 1), 15, 7.5)
+    by_tokens, by_time, rate, norm, speed = (figure.add_subplot(2, 3, place) for place in (1, 2, 4, 5, 6))
+    unit, per_hour = ("hours", 1) if max(run.train["hours"][-1] for run in runs) > 2 else ("minutes", 60)
+    for number, run in enumerate(runs):
+        style = {"color": f"C{number}", "linewidth": 0.8}
+        for axes, x, scale in ((by_tokens, "tokens", 1), (by_time, "hours", per_hour)):
+            last = f": {run.val['val_loss'][-1]:.3f}" if len(run.val["val_loss"]) else ""
+            axes.plot(run.train[x] * scale, run.train["train_loss"], alpha=0.5, **style)
+            axes.plot(run.val[x] * scale, run.val["val_loss"], "o-", markersize=4, label=run.name + last, **style)
+        for axes, y in ((rate, "lr"), (norm, "grad_norm"), (speed, "tokens_per_sec")):
+            axes.plot(run.train["tokens"], run.train[y], **style)
+    for axes in (by_tokens, by_time):
+        for level in {published_level(run) for run in folders} - {None}:
+            axes.axhline(level, color="gray", linestyle="--", label=f"GPT-2 as published: {level}")
+        axes.legend(title="validation loss at the end")
+        axes.set(title="loss; thin: training, dots: validation", ylabel="nats a token", xlabel=f"{unit} of training")
+    for axes in (by_tokens, rate, norm, speed):
         axes.set_xlabel("tokens seen")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    rate.set(title="learning rate", ylabel="size of a step", ylim=(0, None))
+    norm.set(title="gradient norm, before clipping", ylabel="norm", ylim=(0, None))
+    speed.set(title="speed", ylabel="tokens a second", ylim=(0, None))
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     yield Section(
         "Training",
-        "From the run's metrics.jsonl. A gap is a step whose loss or gradient was not finite.",
-        save(subject, figure, "run.png"),
-    )
-
-
-def draw_comparison(subject: Subject) -> Iterator[Section]:
-    if not subject.args.compare:
-        return
-    folders = {run.resolve(): run for run in [*filter(None, [subject.run]), *subject.args.compare]}.values()
-    runs = [read_curves(run) for run in folders]
-    levels = {published_level(run) for run in folders} - {None}
-    figure = new_figure(subject, f"{len(runs)} runs compared", 12, 5)
-    longest = max(run.train["hours"][-1] for run in runs)
-    unit, per_hour = ("hours", 1) if longest > 2 else ("minutes", 60)
-    for axes, x, scale in zip(figure.subplots(1, 2, sharey=True), ("tokens", "hours"), (1, per_hour)):
-        for number, run in enumerate(runs):
-            last = f": {run.val['val_loss'][-1]:.3f}" if len(run.val["val_loss"]) else ""
-            style = {"color": f"C{number}", "linewidth": 0.7}
-            axes.plot(run.train[x] * scale, run.train["train_loss"], alpha=0.5, **style)
-            axes.plot(run.val[x] * scale, run.val["val_loss"], "o-", markersize=4, label=run.name + last, **style)
-        for level in levels:
-            axes.axhline(level, color="gray", linestyle="--", label=f"GPT-2 as published: {level}")
-        axes.legend(title="validation loss at the end")
-        axes.set(title=f"against {'tokens' if x == 'tokens' else 'time'}", ylabel="loss, nats a token")
-        axes.set_xlabel("tokens seen" if x == "tokens" else f"{unit} of training")
-        if x == "tokens":
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    yield Section(
-        "Runs compared",
-        "Thin: training loss; dots: validation loss. Time is reckoned from tokens_per_sec, evaluations left out.",
-        save(subject, figure, "compare.png"),
+        "From metrics.jsonl. Gaps are steps whose loss or gradient was not finite. Time is reckoned from tokens_per_sec, "
+        "evaluations left out. Draw other runs beside this one with --compare.",
+        save(subject, figure, "training.png"),
     )
 
 
 PICTURES: list[Callable[[Subject], Iterator[Section]]] = [
-    draw_run,
-    draw_comparison,
+    draw_runs,
     draw_text,
     draw_surprise,
     draw_attention,
@@ -810,7 +788,8 @@ PAGE = """<!DOCTYPE html>
 {made_here}
 <title>{name}</title>
 <style>
-body {{ font-family: sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5; color: #222; }}
+body {{ font-family: sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5; color: #222;
+  overflow-wrap: anywhere; }}
 img {{ max-width: 100%; }}
 table {{ border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; }}
 th, td {{ padding: 0.15rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }}
@@ -883,21 +862,19 @@ def load(args: argparse.Namespace) -> Subject:
     chosen = [found[0] for text in TOKENS if len(found := tokenizer.encode(text)) == 1][:6] or ids[:1]
     if args.tokens:
         found = [tokenizer.encode(text, allow_eot=True) for text in args.tokens]
-        if wrong := [(text, len(made)) for text, made in zip(args.tokens, found) if len(made) != 1]:
-            raise ValueError(
-                f"--tokens {wrong[0][0]!r} is {wrong[0][1]} tokens of {tokenizer.name}, not one; blanks count"
-            )
+        for text, made in zip(args.tokens, found):
+            if len(made) != 1:
+                raise ValueError(f"--tokens {text!r} is {len(made)} tokens of {tokenizer.name}, not one; blanks count")
         chosen = [token for (token,) in found]
-    if max(ids + chosen) >= config.vocab_size:
-        raise ValueError(
-            f"the tokenizer of {source} has id {max(ids + chosen)}, the model only {config.vocab_size} tokens"
-        )
-    folder = Path(source)
-    of_run = folder.parent.name == "checkpoints"
-    name = (
-        f"{folder.parents[1].name}, step {step_of(folder):,}" if of_run else folder.name if folder.is_dir() else source
-    )
-    run = folder.parents[1] if of_run and (folder.parents[1] / "metrics.jsonl").is_file() else None
+    largest = max([*ids, *chosen, tokenizer.eot or 0])
+    if largest >= config.vocab_size:
+        raise ValueError(f"the tokenizer of {source} has id {largest}, the model only {config.vocab_size} tokens")
+    name, run, folder = str(source), None, Path(source).resolve()
+    if folder.is_dir():
+        name = folder.name
+        if folder.parent.name == "checkpoints":
+            name = f"{folder.parents[1].name}, {folder.name}"
+            run = folder.parents[1] if (folder.parents[1] / "metrics.jsonl").is_file() else None
     return Subject(model, tokenizer, f"{name} ({model.num_params() / 1e6:,.1f}M parameters)", run, ids, chosen, args)
 
 
@@ -918,7 +895,7 @@ def visualize(args: argparse.Namespace) -> None:
     args.out = args.out or Path("figures")
     check_folder(args.out)
     subject = load(args)
-    for run in args.compare:
+    for run in filter(None, [subject.run, *args.compare]):
         read_curves(run)  # what is wrong with one is said before anything is drawn
     args.out.mkdir(parents=True, exist_ok=True)
     sections: list[Section] = []

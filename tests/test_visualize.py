@@ -278,8 +278,8 @@ def test_the_pictures_of_a_run(made: Path, run: Callable[..., None], capsys: pyt
     shutil.copy("out/run/metrics.jsonl", other)
     run("--out", "figures", "--compare", other, "--head", "all")
     page = check_page(Path("figures"))
-    assert capsys.readouterr().out == "figures/index.html holds 18 pictures\n"
-    assert {path.name for path in Path("figures").iterdir()} >= {"run.png", "compare.png", "attention.gif"}
+    assert capsys.readouterr().out == "figures/index.html holds 17 pictures\n"
+    assert {path.name for path in Path("figures").iterdir()} >= {"training.png", "attention.gif"}
     with Path("figures/parameters.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert sum(int(row["count"]) for row in rows) == GPT.from_pretrained(made).num_params()
@@ -311,7 +311,7 @@ def test_an_animation_grows_by_a_row_a_token(made: Path, run: Callable[..., None
 def test_a_model_as_small_as_can_be_with_an_untied_head(tmp_path: Path, run: Callable[..., None]) -> None:
     small(tmp_path / "model", n_layer=1, n_head=1, n_embd=2, block_size=1, tie_word_embeddings=False)
     run(tmp_path / "model", "--out", tmp_path / "figures", "--text", "$", "--ids", "0-2", "250", "--tokens", "$")
-    assert len(check_page(tmp_path / "figures").all("img")) == 16  # no run, so two fewer
+    assert len(check_page(tmp_path / "figures").all("img")) == 16  # no run, so one fewer
     assert "head" in (tmp_path / "figures/index.html").read_text()
 
 
@@ -407,7 +407,7 @@ def test_a_model_without_tokenizer_or_with_a_larger_or_not_finite(tmp_path: Path
     with pytest.raises(ValueError, match=r"bare holds no tokenizer that makes tokens of this text"):
         run(tmp_path / "bare", "--out", tmp_path / "figures")
     small(tmp_path / "narrow", vocab_size=100)
-    with pytest.raises(ValueError, match=r"narrow has id 117, the model only 100 tokens"):
+    with pytest.raises(ValueError, match=r"narrow has id 256, the model only 100 tokens"):
         run(tmp_path / "narrow", "--out", tmp_path / "figures")
     model = small(tmp_path / "spoilt")
     model.wpe.weight.data[3, 3] = torch.nan
