@@ -737,14 +737,19 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
     if not runs:
         return
     figure = new_figure(subject, "Training" + f", {len(runs)} runs" * (len(runs) > 1), 15, 7.5)
-    by_tokens, by_time, rate, norm, speed = (figure.add_subplot(2, 3, place) for place in (1, 2, 4, 5, 6))
+    by_tokens, by_time, rate, norm, speed = figure.subplot_mosaic("AAABBB;CCDDEE").values()
     unit, per_hour = ("hours", 1) if max(run.train["hours"][-1] for run in runs) > 2 else ("minutes", 60)
     for number, run in enumerate(runs):
-        style = {"color": f"C{number}", "linewidth": 0.8}
+        style = {"color": f"C{number}", "linewidth": 0.8, "marker": ".", "markersize": 2}  # lone points stay seen
         for axes, x, scale in ((by_tokens, "tokens", 1), (by_time, "hours", per_hour)):
             last = f": {run.val['val_loss'][-1]:.3f}" if len(run.val["val_loss"]) else ""
             axes.plot(run.train[x] * scale, run.train["train_loss"], alpha=0.5, **style)
-            axes.plot(run.val[x] * scale, run.val["val_loss"], "o-", markersize=4, label=run.name + last, **style)
+            axes.plot(
+                run.val[x] * scale,
+                run.val["val_loss"],
+                label=run.name + last,
+                **{**style, "marker": "o", "markersize": 4},
+            )
         for axes, y in ((rate, "lr"), (norm, "grad_norm"), (speed, "tokens_per_sec")):
             axes.plot(run.train["tokens"], run.train[y], **style)
     for axes in (by_tokens, by_time):
@@ -761,8 +766,8 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     yield Section(
         "Training",
-        "From metrics.jsonl. Gaps are steps whose loss or gradient was not finite. Time is reckoned from tokens_per_sec, "
-        "evaluations left out. Draw other runs beside this one with --compare.",
+        "From metrics.jsonl. Gaps are steps whose loss or gradient was not finite. Time is reckoned from "
+        "tokens_per_sec, evaluations left out. Draw other runs beside this one with --compare.",
         save(subject, figure, "training.png"),
     )
 
