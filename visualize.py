@@ -756,7 +756,9 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
         for level in {published_level(run) for run in folders} - {None}:
             axes.axhline(level, color="gray", linestyle="--", label=f"GPT-2 as published: {level}")
         axes.legend(title="validation loss at the end")
-        axes.set(title="loss; thin: training, dots: validation", ylabel="nats a token", xlabel=f"{unit} of training")
+        axes.set(
+            title="loss; thin: training, large dots: validation", ylabel="nats a token", xlabel=f"{unit} of training"
+        )
     for axes in (by_tokens, rate, norm, speed):
         axes.set_xlabel("tokens seen")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
