@@ -92,7 +92,7 @@ def _kept_bytes(path: Path, step: int, evaluation_due: bool) -> int:
     kept = position = first_cut = newest = 0
     for number, line in enumerate(path.open("rb"), start=1):
         position += len(line)
-        figures = _parsed(line) or {"step": math.inf}
+        figures = parsed_line(line) or {"step": math.inf}
         late = figures["step"] > step or (figures["step"] == step and evaluation_due and "val_loss" in figures)
         if late or figures["step"] < newest:
             first_cut = first_cut or number
@@ -103,7 +103,7 @@ def _kept_bytes(path: Path, step: int, evaluation_due: bool) -> int:
     return kept
 
 
-def _parsed(line: bytes) -> dict | None:
+def parsed_line(line: bytes) -> dict | None:
     """The figures of a whole line, or None."""
     try:
         figures = json.loads(line.decode()) if line.endswith(b"\n") else None
