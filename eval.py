@@ -22,7 +22,8 @@ from tokenizer import Tokenizer, load_tokenizer
 
 SIZES = ("124M", "350M", "774M", "1558M")
 # What is known of OpenAI's weights at these sizes. OpenAI's own: GPT-2's paper, table 3. The others were measured
-# on its published weights: HellaSwag in llm.c's dev/data/hellaswag.py, LAMBADA with lm-evaluation-harness.
+# on its published weights: HellaSwag in llm.c's dev/data/hellaswag.py and build-nanogpt's play.ipynb, LAMBADA with
+# lm-evaluation-harness, WikiText-2 as Hugging Face's guide on perplexity does it.
 PUBLISHED = {
     ("wikitext2", "word_perplexity", "paper"): (29.41, 22.76, 19.93, 18.34),
     ("wikitext103", "word_perplexity", "paper"): (37.50, 26.37, 22.05, 17.48),

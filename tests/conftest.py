@@ -7,11 +7,12 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: the tests need no network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes with two threads each would wait for each other
+
 import numpy as np
 import pytest
 import torch
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: the tests need no network
 
 from dataset import write_shards
 from tokenizer import load_tokenizer

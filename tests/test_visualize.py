@@ -404,7 +404,7 @@ def test_a_run_without_figures_is_named(made: Path, run: Callable[..., None]) ->
 
 def test_a_model_without_tokenizer_or_with_a_larger_or_not_finite(tmp_path: Path, run: Callable[..., None]) -> None:
     small(tmp_path / "bare", tokenizer=None)
-    with pytest.raises(ValueError, match=r"bare holds no tokenizer that makes tokens of this text"):
+    with pytest.raises(ValueError, match=r"bare holds no tokenizer that can be read"):
         run(tmp_path / "bare", "--out", tmp_path / "figures")
     small(tmp_path / "narrow", vocab_size=100)
     with pytest.raises(ValueError, match=r"narrow has id 256, the model only 100 tokens"):
