@@ -345,6 +345,7 @@ def bars(axes: Axes, labels: list[str], values: Sequence[float], text: str = "{:
     axes.set_yticks(range(len(labels)), labels, family="DejaVu Sans Mono")
     axes.invert_yaxis()
     axes.margins(x=0.2)
+    axes.locator_params(axis="x", nbins=5)
     axes.set(**names)
 
 
@@ -433,7 +434,7 @@ def draw_positions(subject: Subject) -> Iterator[Section]:
         curves.plot(wpe[:, channel].numpy(), label=f"channel {channel}", linewidth=1)
     curves.set(title="the three channels that vary most", xlabel="position", ylabel="value")
     curves.margins(y=0.15)
-    curves.legend(loc="upper center", ncols=3, fontsize=7)
+    curves.legend(loc="upper center", ncols=3, fontsize=7, handlelength=1, columnspacing=1)
     unit = F.normalize(wpe, dim=1)
     shown = similarity.imshow((unit @ unit.T).numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     figure.colorbar(shown, ax=similarity, label="cosine")
