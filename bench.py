@@ -179,8 +179,9 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
     }
 
 
-def product_flops(device: torch.device, dtype: torch.dtype, n: int = 4096) -> float:
+def product_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large matrix product, the best of ten."""
+    n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(dtype)
     return 2 * n**3 / min(seconds(lambda: a @ a, device) for _ in range(10))
 

@@ -187,6 +187,17 @@ def test_sample_bad_input(workplace: Path, flags: list[str], code: int) -> None:
     assert done.returncode == code and "error: " in done.stderr and "Traceback" not in done.stderr
 
 
+def test_bench_times_the_loop_of_training(workplace: Path) -> None:
+    sizes = "n_layer=1 n_head=1 n_embd=8 block_size=16 batch_size=2,4 total_batch_size=64 device=cpu compile=false"
+    command = [ROOT / "bench.py", "train", "tiny.toml", "--set", *sizes.split(), "--steps", 5, "--profile", "t.json"]
+    lines = script(*command).stdout.splitlines()
+    rates = [float(line.split("|")[2].replace(",", "")) for line in lines if "batch_size=" in line and "|" in line]
+    assert len(rates) == 2 and min(rates) > 0
+    ratio = float(lines[-1].partition(": ")[2].split()[0])
+    assert ratio == pytest.approx(rates[0] / rates[1], abs=0.02)
+    assert json.loads(Path("t.json").read_text())["traceEvents"] and not Path("out").exists()
+
+
 @pytest.mark.gpu
 def test_trains_on_cuda_in_bfloat16_compiled(workplace: Path) -> None:
     run_tiny("--device", "cuda", "--dtype", "auto", "--compile", "true")
