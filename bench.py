@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from cli import run_script
 from config import TrainConfig, parse_config
@@ -137,7 +136,7 @@ def bench_train(args: argparse.Namespace) -> None:
 
 def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[str, float | None]:
     """Run train.py's loop until it has logged enough; figures of the intervals after the first."""
-    import train  # here: only the process that measures needs it
+    import train  # a script; only the process that measures needs it
 
     os.chdir(folder)
     shutil.rmtree("out", ignore_errors=True)
@@ -238,7 +237,7 @@ def ours(model: GPT, prompt: list[list[int]], new_tokens: int, compile: bool, de
     return seconds(begin, device), seconds(go_on, device) / (new_tokens - 1)
 
 
-def theirs(model: GPT2LMHeadModel, prompt: torch.Tensor, new_tokens: int, device: torch.device) -> tuple:
+def theirs(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int, device: torch.device) -> tuple:
     """The same of transformers' generate: the time of two tokens, and of each one beyond."""
 
     def generate(n: int) -> None:
@@ -249,6 +248,8 @@ def theirs(model: GPT2LMHeadModel, prompt: torch.Tensor, new_tokens: int, device
 
 
 def bench_sample(args: argparse.Namespace) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import, and each measured process imports this file
+
     device = pick_device(args.device)
     n_layer, n_head, n_embd = SIZES[args.model]
     bandwidth = read_bandwidth(device)
