@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cli import run_script
+from cli import above_zero, run_script
 from config import TrainConfig, parse_config
 from dataset import TokenDataset, read_meta, training_batches, write_shards
 from inference import prepare
@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
         metavar="KEY=VALUE,VALUE",
         help="settings of train.py; of several values each is measured: batch_size=4,8 optimizer=adamw,muon",
     )
-    train.add_argument("--steps", type=int, default=10, help="measured, after a fifth as many to warm up (default: 10)")
+    train.add_argument("--steps", type=above_zero, default=10, help="measured, after a fifth as many (default: 10)")
     train.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of the first setting, for Perfetto")
     train.add_argument(
         "--nanogpt", type=Path, metavar="FOLDER", help="a clone of nanoGPT, timed as it ships beside the first"
@@ -58,18 +58,18 @@ def parse_args() -> argparse.Namespace:
     train.set_defaults(run=bench_train)
     sample = commands.add_parser("sample", help="tokens per second of writing text, beside transformers' generate")
     sample.add_argument("--model", choices=SIZES, default="124m", help="size, with random weights (default: 124m)")
-    sample.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
-    sample.add_argument("--prompt_tokens", type=int, default=32, help="(default: 32)")
-    sample.add_argument("--new_tokens", type=int, default=128, help="a round (default: 128)")
-    sample.add_argument("--rounds", type=int, default=3, help="medians of so many (default: 3)")
+    sample.add_argument("--batch_sizes", type=above_zero, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
+    sample.add_argument("--prompt_tokens", type=above_zero, default=32, help="(default: 32)")
+    sample.add_argument("--new_tokens", type=above_zero, default=128, help="a round (default: 128)")
+    sample.add_argument("--rounds", type=above_zero, default=3, help="medians of so many (default: 3)")
     sample.add_argument("--dtypes", nargs="+", default=["auto"], help="ours: auto, float32, bfloat16, float16, int8")
     sample.add_argument("--device", default="auto")
     sample.add_argument("--compile", action="store_true", help="ours: compiled steps")
     sample.set_defaults(run=bench_sample)
     data = commands.add_parser("data", help="tokens per second of preparing data, beside tiktoken, and of reading it")
-    data.add_argument("--megabytes", type=int, default=120, help="text to prepare (default: 120)")
-    data.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
-    data.add_argument("--shards", type=int, default=100, help="to read, of 100M tokens each (default: 100)")
+    data.add_argument("--megabytes", type=above_zero, default=120, help="text to prepare (default: 120)")
+    data.add_argument("--workers", type=above_zero, nargs="+", default=[1, 2], help="(default: 1 2)")
+    data.add_argument("--shards", type=above_zero, default=100, help="to read, of 100M tokens each (default: 100)")
     data.set_defaults(run=bench_data)
     return parser.parse_args()
 

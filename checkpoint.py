@@ -5,7 +5,6 @@ of its files stands in SHA256SUMS, which `sha256sum -c` reads, so that a damaged
 """
 
 import fcntl
-import hashlib
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from dataset import file_sha256
 from model import GPT
 from tokenizer import Tokenizer
 
@@ -89,18 +89,13 @@ def damage(checkpoint: Path) -> str | None:
         if len(listed) != len(lines) or not {"config.json", "model.safetensors", STATE_FILE} <= listed.keys():
             return f"{SUMS_FILE} is not a list of its files"
         for name, digest in listed.items():
-            if sha256(checkpoint / name) != digest:
+            if file_sha256(checkpoint / name) != digest:
                 return f"the SHA-256 of {name} is not that of {SUMS_FILE}"
     except UnicodeDecodeError:
         return f"{SUMS_FILE} is not a list of its files"
     except OSError as error:
         return str(error)
     return None
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
@@ -238,7 +233,7 @@ class CheckpointWriter(AbstractContextManager):
                 (partial / name).write_bytes(content)
             torch.save(state, partial / STATE_FILE)
             files = sorted(partial.iterdir())
-            (partial / SUMS_FILE).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
+            (partial / SUMS_FILE).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
             for path in (*files, partial / SUMS_FILE, partial):
                 _sync(path)
             self.before()

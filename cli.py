@@ -1,5 +1,6 @@
 """What every script does at its command line: name the nearest word, end with one sentence."""
 
+import argparse
 import difflib
 import sys
 from collections.abc import Callable
@@ -9,6 +10,13 @@ def nearest(word: str, known: list[str]) -> str:
     """ "; did you mean X?" where one of the known words is close, else nothing."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def above_zero(text: str) -> int:
+    """The type of an argument."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
 
 
 def run_script(main: Callable[[], None]) -> None:

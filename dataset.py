@@ -90,10 +90,9 @@ class ShardWriter:
             header[:3] = self.magic, FORMATS[self.magic][0], n_tokens
             with path.open("r+b") as file:
                 file.write(header.tobytes())
-                file.seek(0)
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                file.flush()
                 os.fsync(file.fileno())
-            entries.append({"file": path.name, "tokens": n_tokens, "sha256": digest})
+            entries.append({"file": path.name, "tokens": n_tokens, "sha256": file_sha256(path)})
         return entries
 
     def _path(self, number: int) -> Path:
@@ -147,6 +146,11 @@ def fingerprint(meta: dict) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def open_shard(path: Path, tokens: int | None = None, sha256: str | None = None) -> np.ndarray:
     """The ids of a shard, mapped from disk and read as they are used.
 
@@ -169,9 +173,8 @@ def open_shard(path: Path, tokens: int | None = None, sha256: str | None = None)
     if tokens is not None and n_tokens != tokens:
         raise ValueError(f"{path} holds {n_tokens} tokens, meta.json says {tokens}; make the data again")
     if sha256 is not None:
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                raise ValueError(f"{path} was altered since it was made (its SHA-256 is not that of meta.json)")
+        if file_sha256(path) != sha256:
+            raise ValueError(f"{path} was altered since it was made (its SHA-256 is not that of meta.json)")
     if n_tokens == 0:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=4 * HEADER_INTS, shape=(n_tokens,))

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import find_model
-from cli import run_script
+from cli import above_zero, run_script
 from dataset import open_shard, read_meta
 from model import GPT
 from runtime import Runtime, agree, describe, pick_dtype, process_group
@@ -55,11 +55,14 @@ def parse_args() -> argparse.Namespace:
         metavar="PATH",
         help="score this instead of the set on the hub, in its format (.jsonl, .parquet); for loss, shards or a text",
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="score N examples, evenly spread (default: all)")
+    parser.add_argument("--limit", type=above_zero, metavar="N", help="score N examples, evenly spread (default: all)")
     parser.add_argument(
-        "--stride", type=positive, metavar="TOKENS", help="between windows of loss and wikitext (default: the context)"
+        "--stride",
+        type=above_zero,
+        metavar="TOKENS",
+        help="between windows, of loss and wikitext (default: context)",
     )
-    parser.add_argument("--batch_size", type=positive, default=16, help="rows of a pass (default: 16)")
+    parser.add_argument("--batch_size", type=above_zero, default=16, help="rows of a pass (default: 16)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     parser.add_argument(
@@ -71,12 +74,6 @@ def parse_args() -> argparse.Namespace:
     if "loss" in args.tasks and not args.data:
         parser.error("the task loss needs --data, a folder of token shards or a text file")
     return args
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
 
 
 def loss(path: Path, tokenizer: Tokenizer, block_size: int, stride: int) -> list[Example]:

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cli import run_script
-from dataset import SHARD_TOKENS, ShardWriter, open_shard
+from cli import above_zero, run_script
+from dataset import SHARD_TOKENS, ShardWriter, file_sha256, open_shard
 from sources import Piece, files, find_files, hub, plays, split_name
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         if name == "shards":
             return sub
         sub.add_argument("--tokenizer", default=tokenizer, help="bytes, gpt2 or another that tiktoken or a folder has")
-        sub.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
+        sub.add_argument("--workers", type=above_zero, default=os.cpu_count(), help="processes")
         sub.add_argument("--max_tokens", type=amount, help="end after so many training tokens: 500M, 10B")
         sub.add_argument("--dedup", action="store_true", help="leave out documents that came before")
         if val_share:
@@ -78,12 +78,6 @@ def parse_arguments() -> argparse.Namespace:
     ready = source("shards", "shards of GPT-2 tokens as published for llm.c, taken as they are")
     ready.add_argument("place", metavar="FOLDER_OR_DATASET", help="a folder, or a dataset on the Hugging Face hub")
     return parser.parse_args()
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
 
 
 def amount(text: str) -> int:
@@ -446,9 +440,7 @@ def take_shards(place: str, folder: Path) -> None:
                     os.link(path.resolve(), target)
                 except OSError:  # another file system
                     shutil.copyfile(path, target)
-                with target.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-                shards[split].append({"file": target.name, "tokens": len(ids), "sha256": digest})
+                shards[split].append({"file": target.name, "tokens": len(ids), "sha256": file_sha256(target)})
                 bar.update()
     meta = {"tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab, "source": place, "shards": shards}
     publish(partial, folder, meta)

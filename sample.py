@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import find_model
-from cli import run_script
+from cli import above_zero, run_script
 from inference import prepare
 from model import GPT, Generation
 from runtime import describe, pick_device, pick_dtype
@@ -77,12 +77,6 @@ def parse_args() -> argparse.Namespace:
     if "" in args.stop:
         parser.error("--stop must not be empty")
     return args
-
-
-def above_zero(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
 
 
 def whole(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The four GPT-2 sizes and GPT-1 at their real shapes; minutes and 20 GiB, so only on request: `pytest -m slow -s`."""
+"""The four GPT-2 sizes and GPT-1 at their real shapes; minutes and 20 GiB, on request: `pytest -m slow -n 0 -s`."""
 
 import json
 import subprocess
