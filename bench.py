@@ -161,21 +161,26 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
         train.train(cfg)
     rates = [figures["tokens_per_sec"] for _, figures in lines[1:]]
     rate, device = statistics.median(rates), pick_device(cfg.device)
-    vocab_size = read_meta(cfg.data)["vocab_size"]
-    gpt = GPTConfig(cfg.block_size or 1024, vocab_size, cfg.n_layer or 12, cfg.n_head or 12, cfg.n_embd or 768)
     with torch.device("meta"):
-        flops = GPT(gpt).flops_per_token()
+        flops = GPT(shape(cfg, read_meta(cfg.data)["vocab_size"])).flops_per_token()
+    peak = peak_flops(device)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # on Linux in KiB
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)
     return {
         "rate": rate,
         "slowest": min(rates),
-        "mfu": lines[-1][1].get("mfu") and rate * flops / peak_flops(device),
+        "mfu": peak and rate * flops / peak,
         "of_product": rate * flops / product_flops(device, pick_dtype(cfg.dtype, device)),
         "memory": memory / 2**30,
         "start": lines[0][0] - begin - cfg.log_interval * cfg.total_batch_size / rate,
     }
+
+
+def shape(cfg: TrainConfig, vocab_size: int = 50257) -> GPTConfig:
+    """The network that train.py makes from scratch; 0 stands for GPT-2 124M's."""
+    sizes = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    return GPTConfig(vocab_size=vocab_size, **{name: value for name, value in sizes.items() if value})
 
 
 def product_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -191,19 +196,19 @@ def time_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -
     (folder / "nanogpt" / "data" / "bench").mkdir(parents=True)
     for split in ("train", "val"):
         ids.tofile(folder / "nanogpt" / "data" / "bench" / f"{split}.bin")
-    block_size = cfg.block_size or 1024
-    accumulation = cfg.total_batch_size // (cfg.batch_size * block_size)
+    gpt = shape(cfg)
+    accumulation = cfg.total_batch_size // (cfg.batch_size * gpt.block_size)
     device = pick_device(cfg.device)
     flags = {"dataset": "bench", "device": device.type, "compile": device.type == "cuda", "max_iters": cfg.max_steps}
-    flags |= {"n_layer": cfg.n_layer or 12, "n_head": cfg.n_head or 12, "n_embd": cfg.n_embd or 768}
-    flags |= {"batch_size": cfg.batch_size, "block_size": block_size, "gradient_accumulation_steps": accumulation}
+    flags |= {"n_layer": gpt.n_layer, "n_head": gpt.n_head, "n_embd": gpt.n_embd, "block_size": gpt.block_size}
+    flags |= {"batch_size": cfg.batch_size, "gradient_accumulation_steps": accumulation}
     flags |= {"eval_interval": 10**9, "eval_iters": 1, "log_interval": 1}
     command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in flags.items())]
     done = subprocess.run(command, cwd=folder / "nanogpt", capture_output=True, text=True)
     times = [float(ms) for ms in re.findall(r"^iter \d+: .* time ([\d.]+)ms", done.stdout, re.MULTILINE)]
     if done.returncode or len(times) <= cfg.log_interval:
         raise ValueError(f"nanoGPT in {clone} ended badly: {done.stderr.strip().splitlines()[-1:]}")
-    return accumulation * cfg.batch_size * block_size / (statistics.median(times[cfg.log_interval :]) / 1e3)
+    return accumulation * cfg.batch_size * gpt.block_size / (statistics.median(times[cfg.log_interval :]) / 1e3)
 
 
 def read_bandwidth(device: torch.device) -> float:

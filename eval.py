@@ -17,7 +17,7 @@ from cli import above_zero, run_script
 from dataset import open_shard, read_meta
 from model import GPT
 from runtime import Runtime, agree, describe, pick_dtype, process_group
-from scoring import HUB, Example, Score, build, check_fit, judge_all, read_rows, sample, sliding, summarise
+from scoring import HUB, Example, Score, build, check_fit, judge_all, read_rows, read_text, sample, sliding, summarise
 from tokenizer import Tokenizer, load_tokenizer
 
 SIZES = ("124M", "350M", "774M", "1558M")
@@ -97,10 +97,7 @@ def loss(path: Path, tokenizer: Tokenizer, block_size: int, stride: int) -> list
         lengths = [0 if i == tokenizer.eot else len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)]
         n_bytes = int(np.array(lengths)[ids].sum())
     else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8; convert it") from error
+        text = read_text(path)
         ids = [] if tokenizer.eot is None else [tokenizer.eot]
         ids, n_bytes = ids + tokenizer.encode(text), len(text.encode())
     if len(ids) < 2:

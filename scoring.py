@@ -198,10 +198,18 @@ def read_rows(task: str, file: str | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_file(path: Path, as_text: bool) -> list[Any]:
+def read_text(path: Path) -> str:
+    """Raises ValueError: there is no such file, or it is not UTF-8."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
-    if path.suffix == ".parquet":
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8; convert it") from error
+
+
+def _read_file(path: Path, as_text: bool) -> list[Any]:
+    if path.suffix == ".parquet" and path.is_file():
         import pyarrow
         from pyarrow import parquet
 
@@ -209,10 +217,7 @@ def _read_file(path: Path, as_text: bool) -> list[Any]:
             return parquet.read_table(path).to_pylist()
         except pyarrow.ArrowException as error:
             raise ValueError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8; convert it") from error
+    lines = read_text(path).splitlines(keepends=True)
     if path.suffix not in (".json", ".jsonl"):
         if not as_text:
             raise ValueError(f"{path} is neither .jsonl nor .parquet")
