@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from model import GPT
 from runtime import Runtime
+from sources import require_datasets
 from tokenizer import Tokenizer
 
 HELLASWAG = {"endings": list, "label": (str, int)}
@@ -177,6 +178,7 @@ def read_rows(task: str, file: str | None = None) -> list[dict[str, Any]]:
     """
     dataset, config, split, fields = HUB[task]
     if file is None:
+        require_datasets()
         from datasets import load_dataset  # training does without it
         from datasets.exceptions import DatasetsError
 

@@ -242,6 +242,12 @@ def _parquet(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
             raise ValueError(f"{name} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
 
 
+def require_datasets() -> None:
+    """Raises ValueError: the package is not installed; all but the hub works without it."""
+    if not importlib.util.find_spec("datasets"):
+        raise ValueError("datasets is not installed; pip install -r requirements.txt")
+
+
 def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> Iterator[Piece]:
     """The rows of a dataset on the Hugging Face hub, or in a local folder in its layout, as they are streamed.
 
@@ -251,8 +257,7 @@ def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> I
     Raises:
         ValueError: it cannot be had, or has no such column.
     """
-    if not importlib.util.find_spec("datasets"):
-        raise ValueError("datasets is not installed; pip install -r requirements.txt")
+    require_datasets()
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
