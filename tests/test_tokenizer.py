@@ -11,6 +11,7 @@ import pytest
 import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, OpenAIGPTTokenizer, PreTrainedTokenizerBase
@@ -48,6 +49,13 @@ def saved(loaded: dict[str, Tokenizer], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def auto(saved: dict[str, Path]) -> dict[str, PreTrainedTokenizerBase]:
     return {name: AutoTokenizer.from_pretrained(folder) for name, folder in saved.items()}
+
+
+@pytest.fixture(scope="module")
+def own(loaded: dict[str, Tokenizer]) -> tiktoken.Encoding:
+    """GPT-2's tokenizer with the pattern that tiktoken has for it."""
+    ranks = loaded["gpt2"].encoding._mergeable_ranks
+    return tiktoken.Encoding("own", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +107,14 @@ def test_gpt2_ids_of_published_examples(loaded: dict[str, Tokenizer]) -> None:
 @QUICK
 def test_gpt2_ids_are_those_of_openai_files(loaded: dict[str, Tokenizer], reference: FastTokenizer, text: str) -> None:
     assert loaded["gpt2"].encode(text) == reference.encode(text).ids
+
+
+@given(text=st.lists(st.sampled_from([*WORDS, *SPACES, " ", "\n", "'s", "'", "x", "7", "!"]), max_size=40).map("".join))
+@settings(max_examples=500, deadline=None)
+def test_gpt2_ids_are_those_of_tiktokens_own_pattern(
+    loaded: dict[str, Tokenizer], own: tiktoken.Encoding, text: str
+) -> None:
+    assert loaded["gpt2"].encode(text) == loaded["gpt2"].encode_to_numpy(text).tolist() == own.encode_ordinary(text)
 
 
 def test_gpt2_ids_of_a_long_document(loaded: dict[str, Tokenizer], reference: FastTokenizer) -> None:
