@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dataset import file_sha256
-from model import GPT
+from model import GPT, GPTConfig
 from tokenizer import Tokenizer
 
 STATE_FILE = "trainer_state.pt"
@@ -181,10 +181,13 @@ class CheckpointWriter(AbstractContextManager):
         for partial in self.folder.glob(".step_*"):  # of a process that was killed
             shutil.rmtree(partial)
 
-    def save(self, step: int, model: GPT, state: dict[str, Any], wait: bool = False) -> None:
+    def save(
+        self, step: int, config: GPTConfig, weights: dict[str, Tensor], state: dict[str, Any], wait: bool = False
+    ) -> None:
         """Copy a model and the state beside it, and leave the writing to the thread.
 
         Args:
+            weights: the model's state_dict.
             wait: for the write before this one; otherwise this one is left out while that one lasts.
         """
         if self.writing and not self.writing.done():
@@ -196,11 +199,11 @@ class CheckpointWriter(AbstractContextManager):
             return
         if self.host_model is None:
             with torch.device("meta"):
-                self.host_model = GPT(model.config)
+                self.host_model = GPT(config)
             self.host_model.to_empty(device="cpu")
-            if model.config.tie_word_embeddings:
+            if config.tie_word_embeddings:
                 self.host_model.lm_head.weight = self.host_model.wte.weight
-        self.host_model.load_state_dict(model.state_dict())
+        self.host_model.load_state_dict(weights)
         self.writing_step = step
         self.writing = self.thread.submit(self._write, step, _on_host(state))
 

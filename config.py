@@ -96,6 +96,12 @@ class TrainConfig:
     """Of matrix products; auto: the fastest that trains well on the device."""
     compile: bool = True
     """Compile the model with torch.compile; where no compiler works, a warning and eager."""
+    activation_checkpointing: bool = False
+    """Keep each block's input only and compute the rest again in the backward pass: less memory, a third more work."""
+    parallel: Literal["ddp", "zero2", "fsdp"] = "ddp"
+    """What several processes share of the model; zero2: optimizer state and gradients; fsdp: weights too."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of gradients on their way between processes; bfloat16 halves the traffic and rounds them."""
     verify_data: bool = True
     """Check the SHA-256 of every shard at the start; sizes are checked always."""
     timeout: PositiveInt = 600
@@ -207,9 +213,9 @@ def parse_config(argv: list[str]) -> TrainConfig:
 
 # A resumed run may change these: they say where and how often, not what is computed.
 CHANGEABLE = {
-    *("data", "run_name", "resume", "batch_size", "max_steps", "device", "compile", "verify_data", "timeout"),
-    *("max_bad_steps", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints", "log_interval"),
-    *("wandb_project", "eval_hellaswag", "hellaswag_data"),
+    *("data", "run_name", "resume", "batch_size", "max_steps", "device", "compile", "parallel", "verify_data"),
+    *("timeout", "max_bad_steps", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints"),
+    *("log_interval", "wandb_project", "eval_hellaswag", "hellaswag_data", "activation_checkpointing"),
 }
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 SWITCHES = [f"--{field.name}" for field in dataclasses.fields(TrainConfig) if field.type is bool]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # transformers' names of the activations that published checkpoints use.
 ACTIVATIONS = {
@@ -141,10 +142,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer layer: pre-norm in GPT-2, post-norm in GPT-1."""
+    """One transformer layer: pre-norm in GPT-2, post-norm in GPT-1.
+
+    Attributes:
+        recompute: in training keep only the input, and compute the rest again in the backward pass.
+    """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
+        self.recompute = False
         self.post_norm = config.post_norm
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config, layer)
@@ -152,6 +158,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, past: "Past | None" = None) -> Tensor:
+        if self.recompute and self.training:
+            return checkpoint(self._forward, x, past, use_reentrant=False)
+        return self._forward(x, past)
+
+    def _forward(self, x: Tensor, past: "Past | None") -> Tensor:
         if self.post_norm:
             x = self.ln_1(x + self.attn(x, past))
             return self.ln_2(x + self.mlp(x))

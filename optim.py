@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
@@ -74,18 +75,32 @@ class Muon(torch.optim.AdamW):
             if not self.state[p]:
                 # The step is not used; AdamW's load_state_dict looks for one in every state.
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
-        buffers = [self.state[p]["momentum"] for p in params]
-        grads, old = torch.stack([p.grad for p in params]), torch.stack(buffers)  # (n, rows, columns)
+        buffers = [_own(self.state[p]["momentum"]) for p in params]
+        grads, old = torch.stack([_own(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             grads = torch.where(found_inf > 0, old, grads)  # between equal ones nothing moves
         new = old.lerp(grads, 1 - momentum)
         torch._foreach_copy_(buffers, list(new.unbind()))
-        update = orthogonalize(grads.lerp(new, momentum))  # Nesterov's momentum
+        update = grads.lerp(new, momentum)  # Nesterov's momentum
+        if isinstance(params[0], DTensor):  # each process orthogonalises the whole matrices and keeps its share
+            mesh, whole = params[0].device_mesh, (len(params), *params[0].shape)
+            stride = (whole[1] * whole[2], whole[2], 1)
+            update = DTensor.from_local(update, mesh, [Shard(1)], shape=whole, stride=stride).full_tensor()
+            update = DTensor.from_local(orthogonalize(update), mesh, [Replicate()], run_check=False)
+            update = update.redistribute(placements=[Shard(1)]).to_local()
+        else:
+            update = orthogonalize(update)
         rate = group["lr"] if found_inf is None else group["lr"] * (1 - found_inf)
-        torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
-        update *= -rate * 0.2 * max(update.shape[1:]) ** 0.5
-        torch._foreach_add_(params, list(update.unbind()))
+        own = [_own(p) for p in params]
+        torch._foreach_mul_(own, 1 - rate * group["weight_decay"])
+        update *= -rate * 0.2 * max(params[0].shape) ** 0.5
+        torch._foreach_add_(own, list(update.unbind()))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: all, or its share of the rows."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

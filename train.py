@@ -15,7 +15,7 @@ from signal import Signals
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from checkpoint import (
@@ -31,6 +31,7 @@ from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, tr
 from metrics import MetricsLog
 from model import GPT, Generation, GPTConfig
 from optim import learning_rate_at, make_optimizer
+from parallel import distribute, gathered, replicate, shard, synchronised_if, whole_weights
 from runtime import (
     LateReader,
     Runtime,
@@ -97,16 +98,19 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> None:
     log, writer = agree(rt, lambda: begin(run, cfg, checkpoint, parts) if rt.is_main else (None, None))
     if checkpoint:
         say("; ".join([f"resuming from {checkpoint}", *parts.notes]))
+    sharing = "1 process" if rt.world_size == 1 else f"{rt.world_size} processes ({cfg.parallel})"
     say(
         f"training {model.num_params():,} parameters on {describe(rt.device)} in "
-        f"{str(parts.dtype).removeprefix('torch.')}, {rt.world_size} process{'es' * (rt.world_size > 1)}, "
+        f"{str(parts.dtype).removeprefix('torch.')}, {sharing}, "
         f"{parts.step_windows} windows of {model.config.block_size} tokens a step "
         f"({parts.accumulation_steps} x {parts.batch_size} per process), {cfg.max_steps} steps"
     )
 
     autocast = torch.autocast(rt.device.type, parts.dtype, enabled=parts.dtype != torch.float32)
     forward = compiled(model, parts.batch_size, autocast) if cfg.compile else model
-    parallel = parallelised(forward, model, parts.batch_size, autocast) if rt.world_size > 1 else None
+    replicas = None
+    if rt.world_size > 1 and cfg.parallel == "ddp":
+        replicas = replicate(forward, model, parts.batch_size, autocast, getattr(torch, cfg.reduce_dtype))
     batches = to_device(
         training_batches(
             parts.train_data,
@@ -142,10 +146,11 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> None:
         while True:
             paused = time.perf_counter()
             if evaluation_due and not stop:
-                val_loss, val_tokens, stop = evaluate(forward, parts, cfg.eval_tokens, autocast, signals, rt)
-                hellaswag = {}
-                if parts.hellaswag and not stop:
-                    hellaswag, stop = score_hellaswag(model, parts, autocast, signals, rt)
+                with whole_weights(model, cfg.parallel):
+                    val_loss, val_tokens, stop = evaluate(forward, parts, cfg.eval_tokens, autocast, signals, rt)
+                    hellaswag = {}
+                    if parts.hellaswag and not stop:
+                        hellaswag, stop = score_hellaswag(model, parts, autocast, signals, rt)
                 evaluation_due = bool(stop)
                 if log and not stop:
                     progress.best_val_loss = min(val_loss, progress.best_val_loss)
@@ -156,14 +161,16 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> None:
                         + "".join(f", {name} {value:.4f}" for name, value in hellaswag.items())
                     )
             last = stop or step == cfg.max_steps
-            if writer and (checkpoint_due or last):
+            if checkpoint_due or last:
                 progress.step, progress.windows = step, step * parts.step_windows
                 progress.evaluation_due = evaluation_due
                 progress.bad_steps, progress.bad_streak = int(bad_steps), int(bad_streak)
                 if last or not progress.bad_streak:  # else the one before the bad steps is the one to go back to
                     state = {"progress": asdict(progress), "settings": cfg.plain(), "data": parts.data_fingerprint}
-                    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                    writer.save(step, model, state, wait=last)
+                    state |= {"optimizer": gathered(optimizer.state_dict(), rt.is_main), "scaler": scaler.state_dict()}
+                    weights = gathered(model.state_dict(), rt.is_main)
+                    if writer:
+                        writer.save(step, model.config, weights, state, wait=last)
             if last:
                 break
             clock += time.perf_counter() - paused  # tokens_per_sec is that of training alone
@@ -184,13 +191,14 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> None:
             loss = torch.zeros((), device=rt.device)
             for micro_step in range(parts.accumulation_steps):
                 inputs, targets = next(batches)
-                with synchronised_if(parallel, micro_step == parts.accumulation_steps - 1):
+                with synchronised_if(micro_step == parts.accumulation_steps - 1, model, cfg.parallel, replicas):
                     with autocast:
-                        micro_loss = (parallel or forward)(inputs, targets)[1] / parts.accumulation_steps
+                        micro_loss = (replicas or forward)(inputs, targets)[1] / parts.accumulation_steps
                     scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float("inf"))
+            grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
             everyones = gather(torch.stack([loss, torch.full_like(loss, signals.signum)]), rt)  # (world_size, 2)
             loss = everyones[:, 0].mean()
             bad = (~torch.isfinite(loss + grad_norm)).float()
@@ -225,10 +233,11 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> None:
         print(f"stopped by {Signals(stop).name} after step {step}; --resume goes on from {writer.newest}")
     if stop:
         sys.exit(128 + stop)
-    if rt.is_main:
-        print(f"saved {writer.newest}; a passage it writes:\n")
-        write_passage(model, parts.tokenizer)
-        print(f'\nmore of it: python sample.py --prompt "..." --model {writer.newest}')
+    with whole_weights(model, cfg.parallel):
+        if rt.is_main:
+            print(f"saved {writer.newest}; a passage it writes:\n")
+            write_passage(model, parts.tokenizer)
+            print(f'\nmore of it: python sample.py --prompt "..." --model {writer.newest}')
 
 
 def due(step: int, interval: int, cfg: TrainConfig) -> bool:
@@ -287,11 +296,16 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
         if progress.step > cfg.max_steps:
             raise ValueError(f"{run} is at step {progress.step} already, beyond max_steps {cfg.max_steps}")
     model = build_model(cfg, meta["vocab_size"], tokenizer.eot, checkpoint, rt)
+    for block in model.h:
+        block.recompute = cfg.activation_checkpointing
+    if rt.world_size > 1 and cfg.parallel != "ddp":
+        shard(model, cfg.parallel, getattr(torch, cfg.reduce_dtype))
     optimizer = make_optimizer(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, cfg.beta1, cfg.beta2)
     dtype = pick_dtype(cfg.dtype, rt.device)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
     if checkpoint:
         optimizer.load_state_dict(state["optimizer"])
+        distribute(optimizer)
         scaler.load_state_dict(state["scaler"])
     block_size = model.config.block_size
     hellaswag: list[Example] = []
@@ -417,28 +431,6 @@ def compiled(model: GPT, batch_size: int, autocast: AbstractContextManager) -> n
         )
         torch._dynamo.reset()
         return model
-
-
-def parallelised(
-    forward: nn.Module, model: GPT, batch_size: int, autocast: AbstractContextManager
-) -> DistributedDataParallel:
-    """The model with its gradients reduced over the processes.
-
-    DDP groups the gradients anew after its first backward pass, and with that adds them up in another order. So
-    the first is made here, for nothing: a run that is resumed then adds up in the order of one that goes on.
-    """
-    parallel = DistributedDataParallel(forward)
-    idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=model.wte.weight.device)
-    with autocast:
-        loss = parallel(idx, idx)[1]
-    loss.backward()
-    model.zero_grad(set_to_none=True)
-    return parallel
-
-
-def synchronised_if(parallel: DistributedDataParallel | None, last: bool) -> AbstractContextManager:
-    """Gradients are reduced over the processes in the last micro-step only."""
-    return parallel.no_sync() if parallel and not last else nullcontext()
 
 
 @torch.no_grad()

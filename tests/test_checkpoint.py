@@ -36,6 +36,10 @@ def small_model(seed: int = 0) -> GPT:
     return GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=16))
 
 
+def weights(model: GPT) -> tuple[GPTConfig, dict[str, torch.Tensor]]:
+    return model.config, model.state_dict()
+
+
 def small_state(step: int = 0) -> dict[str, Any]:
     """A state with what optimizers keep: tensors of several kinds, in dicts and lists."""
     torch.manual_seed(step)
@@ -63,7 +67,7 @@ def write(run: Path, *steps: int, keep: int = 99, saved_step: int | None = None)
     newest = run / "checkpoints" / f"step_{saved_step:08d}" if saved_step else None
     with CheckpointWriter(run, TOKENIZER, keep, newest) as writer:
         for step in steps:
-            writer.save(step, small_model(step), small_state(step), wait=True)
+            writer.save(step, *weights(small_model(step)), small_state(step), wait=True)
         writer.close()
     return checkpoints(run)
 
@@ -129,7 +133,7 @@ def test_transformers_loads_a_checkpoint(tmp_path: Path) -> None:
 def test_head_of_its_own_is_kept(tmp_path: Path) -> None:
     model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=2, n_embd=16, tie_word_embeddings=False))
     with CheckpointWriter(tmp_path, TOKENIZER, 2, None) as writer:
-        writer.save(4, model, small_state(4))
+        writer.save(4, *weights(model), small_state(4))
         writer.close()
     [path] = checkpoints(tmp_path)
     assert same(GPT.from_pretrained(path).state_dict(), model.state_dict())
@@ -145,7 +149,7 @@ def test_save_returns_before_the_disk_has_it_and_keeps_what_it_was_given(
     gate = Gate(monkeypatch, *((GPT, "save_pretrained") if held == "model" else (torch, "save")))
     model, state = small_model(4), small_state(4)
     with CheckpointWriter(tmp_path, TOKENIZER, 2, None) as writer:
-        writer.save(4, model, state)
+        writer.save(4, *weights(model), state)
         assert checkpoints(tmp_path) == []
         with torch.no_grad():
             for parameter in model.parameters():
@@ -167,14 +171,14 @@ def test_save_while_one_is_written_is_left_out_with_a_warning(
 ) -> None:
     gate = Gate(monkeypatch, torch, "save")
     with CheckpointWriter(tmp_path, TOKENIZER, 9, None) as writer:
-        writer.save(4, small_model(4), small_state(4))
+        writer.save(4, *weights(small_model(4)), small_state(4))
         assert capsys.readouterr().err == ""
-        writer.save(8, small_model(8), small_state(8))
+        writer.save(8, *weights(small_model(8)), small_state(8))
         [warning] = capsys.readouterr().err.splitlines()
         assert "no checkpoint of step 8" in warning and "step 4" in warning
         gate.open()
         writer.wait()
-        writer.save(12, small_model(12), small_state(12))
+        writer.save(12, *weights(small_model(12)), small_state(12))
         writer.close()
     assert names(tmp_path / "checkpoints") == ["step_00000004", "step_00000012"]
     assert all(is_of(path, step) for path, step in zip(checkpoints(tmp_path), (4, 12)))
@@ -185,10 +189,10 @@ def test_last_save_waits_for_the_one_before(
 ) -> None:
     gate = Gate(monkeypatch, GPT, "save_pretrained")
     with CheckpointWriter(tmp_path, TOKENIZER, 9, None) as writer:
-        writer.save(4, small_model(4), small_state(4))
+        writer.save(4, *weights(small_model(4)), small_state(4))
         timer = threading.Timer(0.2, gate.open)
         timer.start()
-        writer.save(8, small_model(8), small_state(8), wait=True)
+        writer.save(8, *weights(small_model(8)), small_state(8), wait=True)
         timer.join()
     assert capsys.readouterr().err == ""
     assert names(tmp_path / "checkpoints") == ["step_00000004", "step_00000008"]
@@ -286,7 +290,7 @@ def test_full_disk_costs_only_the_checkpoint_being_written(small_disk: Path, cap
     with CheckpointWriter(small_disk, TOKENIZER, 9, small_disk / "checkpoints" / "step_00000001") as writer:
         for step, leave in enumerate(range(0, taken, PAGE), start=2):
             filler = fill(small_disk, leave)
-            writer.save(step, small_model(step), small_state(step), wait=True)
+            writer.save(step, *weights(small_model(step)), small_state(step), wait=True)
             writer.wait()
             [warning] = capsys.readouterr().err.splitlines()
             assert f"no checkpoint of step {step}: " in warning
@@ -294,7 +298,7 @@ def test_full_disk_costs_only_the_checkpoint_being_written(small_disk: Path, cap
             filler.unlink()
         with pytest.raises(OSError, match=f"of step {step}, could not be written"):
             writer.close()
-        writer.save(step + 1, small_model(step + 1), small_state(step + 1))
+        writer.save(step + 1, *weights(small_model(step + 1)), small_state(step + 1))
         writer.close()
     assert step > 10 and capsys.readouterr().err == ""
     _, second = checkpoints(small_disk)
@@ -308,17 +312,17 @@ def test_folder_that_cannot_be_written_costs_only_the_checkpoint(
     run.mkdir()
     (run / "checkpoints").symlink_to(small_disk)  # the run's open files would keep the disk from becoming read-only
     with CheckpointWriter(run, TOKENIZER, 1, None) as writer:
-        writer.save(4, small_model(4), small_state(4))
+        writer.save(4, *weights(small_model(4)), small_state(4))
         writer.close()
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-        writer.save(8, small_model(8), small_state(8))
+        writer.save(8, *weights(small_model(8)), small_state(8))
         with pytest.raises(OSError, match=r"of step 8, .*Read-only file system"):
             writer.close()
         assert "no checkpoint of step 8: " in capsys.readouterr().err
         [path] = checkpoints(run)
         assert is_of(path, 4) and damage(path) is None
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-        writer.save(12, small_model(12), small_state(12))
+        writer.save(12, *weights(small_model(12)), small_state(12))
         writer.close()
     [path] = checkpoints(run)
     assert is_of(path, 12) and names(small_disk) == ["step_00000012"]
@@ -331,12 +335,12 @@ def test_what_before_raises_fails_the_write(tmp_path: Path, capsys: pytest.Captu
 
     with CheckpointWriter(tmp_path, TOKENIZER, 1, None) as writer:
         writer.before = refuse
-        writer.save(4, small_model(4), small_state(4))
+        writer.save(4, *weights(small_model(4)), small_state(4))
         with pytest.raises(OSError, match=r"of step 4, .*no room for metrics"):
             writer.close()
         assert "no room for metrics" in capsys.readouterr().err and names(tmp_path / "checkpoints") == []
         writer.before = lambda: None
-        writer.save(4, small_model(4), small_state(4))
+        writer.save(4, *weights(small_model(4)), small_state(4))
         writer.close()
     assert names(tmp_path / "checkpoints") == ["step_00000004"]
 
@@ -388,12 +392,12 @@ def test_steps_of_more_than_eight_digits_sort_by_number(tmp_path: Path) -> None:
 def test_step_that_is_saved_already_is_not_written_again(tmp_path: Path) -> None:
     [four] = write(tmp_path, 4)
     with CheckpointWriter(tmp_path, TOKENIZER, 9, tmp_path / "checkpoints" / "step_00000004") as writer:
-        writer.save(4, small_model(5), small_state(5), wait=True)
+        writer.save(4, *weights(small_model(5)), small_state(5), wait=True)
         writer.wait()
         assert checkpoints(tmp_path) == [four] and is_of(four, 4)
-        writer.save(8, small_model(8), small_state(8))
+        writer.save(8, *weights(small_model(8)), small_state(8))
         writer.wait()
-        writer.save(8, small_model(5), small_state(5), wait=True)
+        writer.save(8, *weights(small_model(5)), small_state(5), wait=True)
         writer.close()
     _, eight = checkpoints(tmp_path)
     assert is_of(four, 4) and is_of(eight, 8)
@@ -423,7 +427,7 @@ def test_model_is_that_of_the_run_named_or_written_last(tmp_path: Path, monkeypa
 
 def test_run_has_one_writer_at_a_time(tmp_path: Path) -> None:
     with CheckpointWriter(tmp_path, TOKENIZER, 2, None) as writer:
-        writer.save(4, small_model(4), small_state(4))
+        writer.save(4, *weights(small_model(4)), small_state(4))
         partial = tmp_path / "checkpoints" / ".step_00000099"  # what the first one might be writing
         partial.mkdir(parents=True)
         with pytest.raises(ValueError, match=f"another process is training {tmp_path}"):
@@ -448,7 +452,7 @@ def test_leaving_the_writer_waits_for_what_it_writes(tmp_path: Path, monkeypatch
     """Even where training ends with an error."""
     gate = Gate(monkeypatch, torch, "save")
     with pytest.raises(ZeroDivisionError), CheckpointWriter(tmp_path, TOKENIZER, 2, None) as writer:
-        writer.save(4, small_model(4), small_state(4))
+        writer.save(4, *weights(small_model(4)), small_state(4))
         threading.Timer(0.1, gate.open).start()
         raise ZeroDivisionError
     [path] = checkpoints(tmp_path)

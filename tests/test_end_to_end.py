@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,12 +109,47 @@ def test_processes_and_accumulation_give_one_curve(workplace: Path, optimizer: s
     flags = ["--optimizer", optimizer, "--learning_rate", "3e-3"]
     run_tiny("--run_name", "one", *flags)
     run_tiny("--run_name", "accumulated", "--batch_size", "2", *flags)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", "tiny.toml"]
-    script(*torchrun, "--run_name", "two", "--batch_size", "4", *flags)
+    torchrun(2, "--run_name", "two", "--batch_size", "4", *flags)
     for run in ("accumulated", "two"):
         assert curve(run) == pytest.approx(curve("one"), abs=1e-5)
         assert curve(run, "val_loss") == pytest.approx(curve("one", "val_loss"), abs=1e-5)
         assert curve(run, "grad_norm") == pytest.approx(curve("one", "grad_norm"), rel=1e-4)
+
+
+def torchrun(processes: int, *flags: object) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = script(*launcher, ROOT / "train.py", "tiny.toml", *flags)
+    assert done.stdout.count("a passage it writes") == 1 and "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize(("parallel", "optimizer"), [("fsdp", "adamw"), ("fsdp", "muon"), ("zero2", "muon")])
+def test_a_model_in_shares_learns_as_a_whole_one(workplace: Path, parallel: str, optimizer: str) -> None:
+    """Three processes, so that no matrix divides evenly. Such a run goes on bit for bit, and in one process."""
+    flags = ["--optimizer", optimizer, "--learning_rate", "3e-3", "--total_batch_size", "768", "--batch_size", "4"]
+    run_tiny("--run_name", "one", *flags)
+    flags = [*flags, "--parallel", parallel, "--activation_checkpointing"]
+    torchrun(3, "--run_name", "shares", *flags)
+    whole = Path("out/shares/metrics.jsonl").read_text()
+    for path in checkpoints(Path("out/shares"))[1:]:
+        shutil.rmtree(path)
+    shutil.copytree("out/shares", "out/single")
+    torchrun(3, "--run_name", "shares", "--resume", *flags)
+    run_tiny("--run_name", "single", "--resume", *flags)
+    untimed = r'"(tokens_per_sec|mfu)": [^,}]*'
+    assert re.sub(untimed, "", Path("out/shares/metrics.jsonl").read_text()) == re.sub(untimed, "", whole)
+    for run in ("shares", "single"):
+        assert curve(run) == pytest.approx(curve("one"), abs=1e-5)
+        assert curve(run, "val_loss") == pytest.approx(curve("one", "val_loss"), abs=1e-5)
+        assert curve(run, "grad_norm") == pytest.approx(curve("one", "grad_norm"), rel=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_reduced_in_bfloat16_differ_in_rounding_only(workplace: Path, parallel: str) -> None:
+    run_tiny("--run_name", "one", "--max_steps", "4")
+    flags = ["--max_steps", "4", "--batch_size", "4", "--parallel", parallel, "--reduce_dtype", "bfloat16"]
+    torchrun(2, "--run_name", "rounded", *flags)
+    assert curve("rounded", "grad_norm") == pytest.approx(curve("one", "grad_norm"), rel=1e-2)
+    assert curve("rounded", "grad_norm") != pytest.approx(curve("one", "grad_norm"), rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64])

@@ -686,3 +686,26 @@ def test_a_gpt1_that_no_file_could_describe_is_refused(field: str, value: object
 
 def test_whole_numbers_are_good_floats() -> None:
     assert GPT(replace(TINY, dropout=0)).config.dropout == 0
+
+
+def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
+    torch.manual_seed(0)
+    model = GPT(replace(TINY, n_layer=4, dropout=0.2))
+    idx = torch.randint(37, (2, 17))
+    gradients, kept = [], []
+    for recompute in (False, True):
+        for block in model.h:
+            block.recompute = recompute
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        torch.manual_seed(1)  # of dropout
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(idx[:, :-1], idx[:, 1:])[1]
+        kept.append(sum(sizes))
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(torch.equal(whole, again) for whole, again in zip(*gradients))
+    assert kept[1] < kept[0] / 3

@@ -1,0 +1,82 @@
+"""A model in shares: what each process holds, and what comes together again."""
+
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from model import GPT, GPTConfig
+from optim import make_optimizer
+from parallel import distribute, gathered, shard, whole_weights
+
+CONFIG = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=18)  # 18 rows: not a multiple of 4
+IDX = torch.arange(34).view(2, 17) % 37
+
+
+def fresh() -> GPT:
+    torch.manual_seed(0)
+    return GPT(CONFIG)
+
+
+def step(model: GPT, optimizer: torch.optim.Optimizer) -> None:
+    model(IDX[:, :-1], IDX[:, 1:])[1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def held(module: nn.Module) -> int:
+    return sum(p.to_local().numel() for p in module.parameters())
+
+
+def in_each_process(rank: int, world_size: int, port: int, kind: str, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    model, alone = fresh(), fresh()
+    shard(model, kind, torch.float32)
+    optimizer, optimizer_alone = (make_optimizer(m, "muon", 1e-2, 0.1, 0.9, 0.95) for m in (model, alone))
+    step(model, optimizer)
+    step(alone, optimizer_alone)
+    own = held(model)
+    moments = sum(
+        value.to_local().numel() for state in optimizer.state.values() for value in state.values() if value.dim()
+    )
+
+    with whole_weights(model, kind):
+        if rank == 0:  # alone: without the others it could gather nothing
+            logits = model(IDX[:, :-1])[0]
+            torch.testing.assert_close(logits, alone(IDX[:, :-1])[0], atol=1e-5, rtol=1e-5)
+    assert held(model) == own, "the shares are back"
+
+    weights, state = gathered(model.state_dict(), rank == 0), gathered(optimizer.state_dict(), rank == 0)
+    if rank == 0:
+        torch.testing.assert_close(weights, dict(alone.state_dict()), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(state, optimizer_alone.state_dict(), atol=1e-5, rtol=1e-5)
+    else:
+        assert not any(isinstance(value, torch.Tensor) for value in weights.values())
+    states = [state]
+    dist.broadcast_object_list(states)
+    again = make_optimizer(model, "muon", 1e-2, 0.1, 0.9, 0.95)
+    again.load_state_dict(states[0])
+    distribute(again)
+    for p, values in optimizer.state.items():
+        for key, value in values.items():
+            loaded = again.state[p][key]
+            assert torch.equal(*(v.to_local() if v.dim() else v for v in (value, loaded)))
+    torch.save({"weights": own, "moments": moments}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", ["zero2", "fsdp"])
+def test_each_process_holds_its_share(kind: str, tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(in_each_process, (4, port, kind, tmp_path), nprocs=4)
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    n_params = sum(p.numel() for p in GPT(CONFIG).parameters())
+    n_matrices = sum(p.numel() for name, p in GPT(CONFIG).named_parameters() if name.startswith("h.") and p.dim() == 2)
+    assert sum(share["weights"] for share in shares) == n_params
+    assert sum(share["moments"] for share in shares) == 2 * n_params - n_matrices, "Muon's matrices have one moment"
+    assert max(share["weights"] for share in shares) < 0.32 * n_params
