@@ -48,8 +48,8 @@ class TrainConfig:
     initializer_range: PositiveFloat = 0.02
     """Standard deviation of fresh weights; GPT-2's 0.02 suits widths of 768 and more."""
 
-    batch_size: PositiveInt = 16
-    """Windows of block_size tokens per process and micro-step, at most; what fits the memory."""
+    batch_size: PositiveInt | Literal["auto"] = 16
+    """Windows of block_size tokens per process and micro-step, at most; "auto": what fits the GPU's memory."""
     total_batch_size: PositiveInt = 524288
     """Tokens per step over all processes; the accumulation steps follow from it."""
     max_steps: PositiveInt = 19073
@@ -221,6 +221,7 @@ FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]
 SWITCHES = [f"--{field.name}" for field in dataclasses.fields(TrainConfig) if field.type is bool]
 KINDS = {
     "PositiveInt": "a whole number above 0",
+    "Union": 'a whole number above 0 or "auto"',
     "NonNegativeInt": "a whole number, 0 or more",
     "PositiveFloat": "a number above 0",
     "NonNegativeFloat": "a number, 0 or more",
@@ -233,6 +234,9 @@ KINDS = {
 def _one_sentence(message: str) -> str:
     """The parser's message as one line: the setting, what it must be, the nearest name for an unknown one."""
     message = " ".join(message.split())
+    # Of a union the parser says what the value is not of each kind.
+    union = r"Does not validate against any of the Union .* Given value: "
+    message = re.sub(union, "Not of type Union: Got value: ", message)
     if match := re.search(r"Option '([^']+)' is not accepted|unrecognized arguments: -*([^\s=]+)", message):
         key = match[1] or match[2]
         return f"there is no setting {key}{nearest(key, FIELDS)} (train.py --help lists them)"

@@ -75,8 +75,8 @@ class Muon(torch.optim.AdamW):
             if not self.state[p]:
                 # The step is not used; AdamW's load_state_dict looks for one in every state.
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
-        buffers = [_own(self.state[p]["momentum"]) for p in params]
-        grads, old = torch.stack([_own(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
+        buffers = [own_share(self.state[p]["momentum"]) for p in params]
+        grads, old = torch.stack([own_share(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             grads = torch.where(found_inf > 0, old, grads)  # between equal ones nothing moves
@@ -92,13 +92,13 @@ class Muon(torch.optim.AdamW):
         else:
             update = orthogonalize(update)
         rate = group["lr"] if found_inf is None else group["lr"] * (1 - found_inf)
-        own = [_own(p) for p in params]
+        own = [own_share(p) for p in params]
         torch._foreach_mul_(own, 1 - rate * group["weight_decay"])
         update *= -rate * 0.2 * max(params[0].shape) ** 0.5
         torch._foreach_add_(own, list(update.unbind()))
 
 
-def _own(tensor: Tensor) -> Tensor:
+def own_share(tensor: Tensor) -> Tensor:
     """What this process has of a tensor: all, or its share of the rows."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from signal import Signals
@@ -30,7 +30,7 @@ from config import TrainConfig, parse_config
 from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, training_batches
 from metrics import MetricsLog
 from model import GPT, Generation, GPTConfig
-from optim import learning_rate_at, make_optimizer
+from optim import learning_rate_at, make_optimizer, own_share
 from parallel import distribute, gathered, replicate, shard, synchronised_if, whole_weights
 from runtime import (
     LateReader,
@@ -312,6 +312,8 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
     if cfg.eval_hellaswag:
         rows = sample(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
         hellaswag = check_fit(build("hellaswag", rows, tokenizer, block_size, block_size), block_size)
+    if cfg.batch_size == "auto":
+        cfg = replace(cfg, batch_size=fitting_batch_size(cfg, model, optimizer, dtype, rt))
     verify = cfg.verify_data and rt.local_rank == 0
     return Parts(
         tokenizer,
@@ -393,6 +395,51 @@ def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | 
             where = f"the data at {cfg.data}" if name == "vocab_size" else "the settings"
             raise ValueError(f"{source} has {name} {loaded}, {where} {value}; they must be equal")
     return model
+
+
+def fitting_batch_size(
+    cfg: TrainConfig, model: GPT, optimizer: torch.optim.Optimizer, dtype: torch.dtype, rt: Runtime
+) -> int:
+    """The most windows that fit the memory of every process's GPU and divide its share of a step.
+
+    What one and two windows take, uncompiled, tells what more take. A tenth of the memory is left alone: the
+    allocator cannot use it all.
+
+    Raises:
+        ValueError: not a GPU, or not even one window fits.
+    """
+    if rt.device.type != "cuda":
+        raise ValueError(f'batch_size "auto" measures the memory of a CUDA device; on {rt.device.type} give a number')
+    share = max(1, cfg.total_batch_size // (model.config.block_size * rt.world_size))
+    taken = [math.inf, math.inf]
+    for i, batch_size in enumerate((1, 2)):
+        torch.cuda.reset_peak_memory_stats(rt.device)
+        idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=rt.device)
+        with suppress(torch.OutOfMemoryError):
+            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+                loss = model(idx, idx)[1]
+            loss.backward()
+            taken[i] = torch.cuda.max_memory_allocated(rt.device)
+        model.zero_grad(set_to_none=True)
+    moments = 0 if optimizer.state else sum(2 * own_share(p).nbytes for p in model.parameters())
+    room = 0.9 * (torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device)) - moments
+    everyones = gather(torch.tensor([largest_batch(share, *taken, room)], device=rt.device), rt)
+    if not everyones.min():
+        raise ValueError(
+            f"not even one window of {model.config.block_size} tokens fits the memory of {rt.device}; try "
+            f"activation_checkpointing, or several processes with parallel fsdp"
+        )
+    return int(everyones.min())
+
+
+def largest_batch(share: int, one: float, two: float, room: float) -> int:
+    """The largest divisor of a share of windows that fits `room` bytes, 0 if none does.
+
+    Args:
+        one, two: bytes that so many windows take.
+    """
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    return max([n for n in divisors if (one if n == 1 else one + (n - 1) * (two - one)) <= room], default=0)
 
 
 def split_batch(cfg: TrainConfig, block_size: int, world_size: int) -> tuple[int, int, int]:

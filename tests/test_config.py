@@ -118,6 +118,8 @@ def test_a_bad_file_gets_one_sentence(
         (["--max_steps", "abc"], ["max_steps must be a whole number", "abc"]),
         (["--max_steps=-3"], ["max_steps must be a whole number above 0", "-3"]),
         (["--max_steps"], ["max_steps"]),
+        (["--batch_size", "0"], ['batch_size must be a whole number above 0 or "auto", not 0']),
+        (["--batch_size", "aut"], ['batch_size must be a whole number above 0 or "auto", not aut']),
         (["--compile", "perhaps"], ["compile must be true or false", "perhaps"]),
         (["--schedule", "linea"], ["schedule must be one of", "linea"]),
         (["--learning_rate", "fast"], ["learning_rate must be a number", "fast"]),

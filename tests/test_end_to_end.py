@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from checkpoint import checkpoints, load_state
@@ -19,7 +21,7 @@ from config import parse_config
 from dataset import write_shards
 from model import GPT
 from tokenizer import load_tokenizer
-from train import split_batch, train
+from train import largest_batch, split_batch, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -159,6 +161,20 @@ def test_published_recipes_split_over_any_number_of_gpus(world_size: int) -> Non
         assert windows == batch_size * steps * world_size == 512
 
 
+@given(share=st.integers(1, 600), one=st.integers(1, 100), each=st.integers(1, 100), room=st.integers(0, 9999))
+def test_auto_batch_size_is_the_largest_divisor_that_fits(share: int, one: int, each: int, room: int) -> None:
+    found = largest_batch(share, one, one + each, room)
+    fitting = [n for n in range(1, share + 1) if share % n == 0 and one + (n - 1) * each <= room]
+    assert found == (fitting[-1] if fitting else 0)
+    assert largest_batch(share, one, math.inf, room) == (one <= room), "two did not fit"
+    assert largest_batch(share, math.inf, math.inf, room) == 0
+
+
+@pytest.mark.gpu
+def test_auto_batch_size_trains_on_cuda(workplace: Path) -> None:
+    run_tiny("--device", "cuda", "--batch_size", "auto", "--max_steps", "2")
+
+
 def test_batch_that_does_not_divide_is_refused(workplace: Path) -> None:
     for flags in (["--total_batch_size", "500"], ["--batch_size", "7"]):
         with pytest.raises(ValueError, match=r"does not divide .* would"):
@@ -172,6 +188,7 @@ def test_batch_that_does_not_divide_is_refused(workplace: Path) -> None:
         (["--data", "data/none"], "there is no data at data/none"),
         (["--block_size", "100000"], "fewer than one window"),
         (["--device", "tpu"], "is not one of auto"),
+        (["--batch_size", "auto"], 'batch_size "auto" measures the memory of a CUDA device; on cpu give a number'),
         (["--init_from", "nowhere"], "nowhere has no config.json"),
         (["--wandb_project", "x"], "wandb is not installed"),
         (["--n_head", "3"], "n_embd 32 is not a multiple of n_head 3"),
