@@ -54,9 +54,10 @@ def parse_args() -> argparse.Namespace:
     )
     train.add_argument("--steps", type=above_zero, default=10, help="measured, after a fifth as many (default: 10)")
     train.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of the first setting, for Perfetto")
-    train.add_argument(
-        "--nanogpt", type=Path, metavar="FOLDER", help="a clone of nanoGPT, timed as it ships beside the first"
-    )
+    for name in OTHERS:
+        train.add_argument(
+            f"--{name}", type=Path, metavar="FOLDER", help="a clone of it, timed as it ships beside the first setting"
+        )
     train.set_defaults(run=bench_train)
     sample = commands.add_parser("sample", help="tokens per second of writing text, beside transformers' generate")
     sample.add_argument("--model", choices=SIZES, default="124m", help="size, with random weights (default: 124m)")
@@ -128,10 +129,10 @@ def bench_train(args: argparse.Namespace) -> None:
                 f"{found['memory']:.1f} | {found['start']:.1f} |",
                 flush=True,
             )
-        if args.nanogpt:
-            cfg = configs[0]
-            rows.append(("nanoGPT as it ships", time_nanogpt(args.nanogpt, folder, ids, cfg)))
-            print(f"| {rows[-1][0]}, batch_size={cfg.batch_size} | {rows[-1][1]:,.0f} |")
+        for name, time_other in OTHERS.items():
+            if clone := getattr(args, name):
+                rows.append((f"{name} as it ships", time_other(clone, folder / name, ids, configs[0])))
+                print(f"| {rows[-1][0]}, batch_size={configs[0].batch_size} | {rows[-1][1]:,.0f} |", flush=True)
     for settings, rate in rows[1:]:
         print(f"{rows[0][0]}: {rows[0][1] / rate:.2f} times {settings}")
 
@@ -193,24 +194,57 @@ def product_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def time_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -> float:
-    """Tokens per second that nanoGPT's train.py prints, with its own settings but for sizes, batch and device."""
-    shutil.copytree(clone, folder / "nanogpt", ignore=shutil.ignore_patterns(".git"))
-    (folder / "nanogpt" / "data" / "bench").mkdir(parents=True)
+    """Tokens per second of nanoGPT's train.py, with its own settings but for sizes, batch and device."""
+    shutil.copytree(clone, folder, ignore=shutil.ignore_patterns(".git"))
+    (folder / "data" / "bench").mkdir(parents=True)
     for split in ("train", "val"):
-        ids.tofile(folder / "nanogpt" / "data" / "bench" / f"{split}.bin")
-    gpt = shape(cfg)
+        ids.tofile(folder / "data" / "bench" / f"{split}.bin")
+    gpt, device = shape(cfg), pick_device(cfg.device)
     accumulation = cfg.total_batch_size // (cfg.batch_size * gpt.block_size)
-    device = pick_device(cfg.device)
     flags = {"dataset": "bench", "device": device.type, "compile": device.type == "cuda", "max_iters": cfg.max_steps}
     flags |= {"n_layer": gpt.n_layer, "n_head": gpt.n_head, "n_embd": gpt.n_embd, "block_size": gpt.block_size}
     flags |= {"batch_size": cfg.batch_size, "gradient_accumulation_steps": accumulation}
     flags |= {"eval_interval": 10**9, "eval_iters": 1, "log_interval": 1}
-    command = [sys.executable, "train.py", *(f"--{name}={value}" for name, value in flags.items())]
-    done = subprocess.run(command, cwd=folder / "nanogpt", capture_output=True, text=True)
-    times = [float(ms) for ms in re.findall(r"^iter \d+: .* time ([\d.]+)ms", done.stdout, re.MULTILINE)]
-    if done.returncode or len(times) <= cfg.log_interval:
-        raise ValueError(f"nanoGPT in {clone} ended badly: {done.stderr.strip().splitlines()[-1:]}")
-    return accumulation * cfg.batch_size * gpt.block_size / (statistics.median(times[cfg.log_interval :]) / 1e3)
+    command = ["train.py", *(f"--{name}={value}" for name, value in flags.items())]
+    ms = median_printed(r"^iter \d+: .* time ([\d.]+)ms", command, folder, cfg)
+    return accumulation * cfg.batch_size * gpt.block_size / (ms / 1e3)
+
+
+def time_build_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -> float:
+    """Tokens per second that build-nanogpt's train_gpt2.py prints, compiled, without HellaSwag and its downloads."""
+    shutil.copytree(clone, folder, ignore=shutil.ignore_patterns(".git"))
+    (folder / "edu_fineweb10B").mkdir()
+    for split in ("train", "val"):
+        np.save(folder / "edu_fineweb10B" / f"{split}.npy", ids)
+    (folder / "tiktoken.py").write_text("def get_encoding(name): pass\n")  # it loads what it then does not use
+    (folder / "hellaswag.py").write_text("render_example = iterate_examples = None\n")
+    gpt = shape(cfg)
+    sizes = f"block_size={gpt.block_size}, n_layer={gpt.n_layer}, n_head={gpt.n_head}, n_embd={gpt.n_embd}"
+    values = {"total_batch_size": cfg.total_batch_size, "B": cfg.batch_size, "T": gpt.block_size, "use_compile": True}
+    values |= {"max_steps": cfg.max_steps, "model": f"GPT(GPTConfig(vocab_size=50304, {sizes}))"}
+    source = (folder / "train_gpt2.py").read_text(encoding="utf-8")
+    for name, value in values.items():
+        source, n = re.subn(rf"^{name} = .*", f"{name} = {value}", source, flags=re.MULTILINE)
+        if n != 1:
+            raise ValueError(f"train_gpt2.py in {clone} sets {name} {n} times, not once; is it build-nanogpt's?")
+    (folder / "train_gpt2.py").write_text(source, encoding="utf-8")
+    return median_printed(r"tok/sec: ([\d.]+)", ["train_gpt2.py"], folder, cfg)
+
+
+OTHERS = {"nanogpt": time_nanogpt, "build_nanogpt": time_build_nanogpt}
+
+
+def median_printed(pattern: str, command: list[str], folder: Path, cfg: TrainConfig) -> float:
+    """The median of the numbers that a program prints, one a step, once it has warmed up.
+
+    Raises:
+        ValueError: it ends badly.
+    """
+    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
+    printed = [float(number) for number in re.findall(pattern, done.stdout, re.MULTILINE)]
+    if done.returncode or len(printed) <= cfg.log_interval:
+        raise ValueError(f"{command[0]} in {folder.name} ended badly: {done.stderr.strip().splitlines()[-1:]}")
+    return statistics.median(printed[cfg.log_interval :])
 
 
 def read_bandwidth(device: torch.device) -> float:
