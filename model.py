@@ -316,7 +316,10 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx, cache)  # (B, T, n_embd)
         x = self.ln_f(x[:, -1:] if last_only else x)
-        logits = self.lm_head(x)[..., : self.config.vocab_size]  # (B, T, vocab_size), padding cut off
+        if targets is None or x.is_cuda:
+            logits = self.lm_head(x)[..., : self.config.vocab_size]  # (B, T, vocab_size), padding cut off
+        else:  # here an odd size costs less than the copies that cutting makes
+            logits = F.linear(x, self.lm_head.weight[: self.config.vocab_size])
         if targets is None:
             return logits, None
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
