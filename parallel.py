@@ -47,12 +47,16 @@ def replicate(
     if reduce_dtype == torch.bfloat16:
         # Behind a function of another name: DDP takes the bare one for NCCL only, though Gloo can do it as well.
         parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
-    idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=model.wte.weight.device)
-    with autocast:
-        loss = parallel(idx, idx)[1]
-    loss.backward()
+    rehearse(parallel, model, batch_size, autocast).backward()
     model.zero_grad(set_to_none=True)
     return parallel
+
+
+def rehearse(forward: nn.Module, model: GPT, batch_size: int, autocast: AbstractContextManager) -> Tensor:
+    """The loss of a micro-batch of zeros."""
+    idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=model.wte.weight.device)
+    with autocast:
+        return forward(idx, idx)[1]
 
 
 def synchronised_if(

@@ -31,7 +31,7 @@ from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, tr
 from metrics import MetricsLog
 from model import GPT, Generation, GPTConfig
 from optim import learning_rate_at, make_optimizer, own_share
-from parallel import distribute, gathered, replicate, shard, synchronised_if, whole_weights
+from parallel import distribute, gathered, rehearse, replicate, shard, synchronised_if, whole_weights
 from runtime import (
     LateReader,
     Runtime,
@@ -410,15 +410,13 @@ def fitting_batch_size(
     """
     if rt.device.type != "cuda":
         raise ValueError(f'batch_size "auto" measures the memory of a CUDA device; on {rt.device.type} give a number')
+    autocast = torch.autocast("cuda", dtype, enabled=dtype != torch.float32)
     share = max(1, cfg.total_batch_size // (model.config.block_size * rt.world_size))
     taken = [math.inf, math.inf]
     for i, batch_size in enumerate((1, 2)):
         torch.cuda.reset_peak_memory_stats(rt.device)
-        idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=rt.device)
         with suppress(torch.OutOfMemoryError):
-            with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-                loss = model(idx, idx)[1]
-            loss.backward()
+            rehearse(model, model, batch_size, autocast).backward()
             taken[i] = torch.cuda.max_memory_allocated(rt.device)
         model.zero_grad(set_to_none=True)
     moments = 0 if optimizer.state else sum(2 * own_share(p).nbytes for p in model.parameters())
@@ -464,10 +462,8 @@ def split_batch(cfg: TrainConfig, block_size: int, world_size: int) -> tuple[int
 def compiled(model: GPT, batch_size: int, autocast: AbstractContextManager) -> nn.Module:
     """The model behind torch.compile, or as it is, with a warning, where no compiler works."""
     module = torch.compile(model)
-    idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64, device=model.wte.weight.device)
     try:
-        with autocast:
-            module(idx, idx)
+        rehearse(module, model, batch_size, autocast)
         return module
     except torch.OutOfMemoryError:
         raise
