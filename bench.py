@@ -101,6 +101,8 @@ def bench_train(args: argparse.Namespace) -> None:
         dataclasses.replace(parse_config([args.config, *(f"--{n}={v}" for n, v in zip(names, values))]), **own)
         for values in variants
     ]
+    if configs[0].batch_size == "auto" and any(getattr(args, name) for name in OTHERS):
+        raise ValueError("beside another program the first batch_size must be a number")
     rows: list[tuple[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
