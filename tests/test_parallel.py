@@ -3,7 +3,6 @@
 import socket
 from pathlib import Path
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -31,10 +30,10 @@ def held(module: nn.Module) -> int:
     return sum(p.to_local().numel() for p in module.parameters())
 
 
-def in_each_process(rank: int, world_size: int, port: int, kind: str, folder: Path) -> None:
+def in_each_process(rank: int, world_size: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     model, alone = fresh(), fresh()
-    shard(model, kind, torch.float32)
+    shard(model, "fsdp", torch.float32)
     optimizer, optimizer_alone = (make_optimizer(m, "muon", 1e-2, 0.1, 0.9, 0.95) for m in (model, alone))
     step(model, optimizer)
     step(alone, optimizer_alone)
@@ -43,7 +42,7 @@ def in_each_process(rank: int, world_size: int, port: int, kind: str, folder: Pa
         value.to_local().numel() for state in optimizer.state.values() for value in state.values() if value.dim()
     )
 
-    with whole_weights(model, kind):
+    with whole_weights(model, "fsdp"):
         if rank == 0:  # alone: without the others it could gather nothing
             logits = model(IDX[:, :-1])[0]
             torch.testing.assert_close(logits, alone(IDX[:, :-1])[0], atol=1e-5, rtol=1e-5)
@@ -68,12 +67,11 @@ def in_each_process(rank: int, world_size: int, port: int, kind: str, folder: Pa
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["zero2", "fsdp"])
-def test_each_process_holds_its_share(kind: str, tmp_path: Path) -> None:
+def test_each_process_holds_its_share(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(in_each_process, (4, port, kind, tmp_path), nprocs=4)
+    torch.multiprocessing.spawn(in_each_process, (4, port, tmp_path), nprocs=4)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
     n_params = sum(p.numel() for p in GPT(CONFIG).parameters())
     n_matrices = sum(p.numel() for name, p in GPT(CONFIG).named_parameters() if name.startswith("h.") and p.dim() == 2)
