@@ -66,10 +66,11 @@ def test_signal_saves_and_the_run_goes_on_exactly(workplace: Path) -> None:
     flags = ["--max_steps", "80", "--eval_interval", "30", "--checkpoint_interval", "0", "--dropout", "0.1"]
     run_tiny(*flags, "--run_name", "whole")
     kinds = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    stopped = {kind: start(*flags, "--run_name", kind.name) for kind in kinds}
-    for kind, process in stopped.items():
+    stopped = {}
+    for kind in kinds:  # one after the other: while one begins, another may come to its end
+        stopped[kind] = start(*flags, "--run_name", kind.name)
         wait_for_lines(kind.name, 5)
-        process.send_signal(kind)
+        stopped[kind].send_signal(kind)
     for kind, process in stopped.items():
         output, errors = process.communicate(timeout=60)
         step = load_state(newest(kind.name))["progress"]["step"]
