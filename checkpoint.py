@@ -5,6 +5,9 @@ of its files stands in SHA256SUMS, which `sha256sum -c` reads, so that a damaged
 """
 
 import fcntl
+import hashlib
+import io
+import mmap
 import os
 import re
 import shutil
@@ -231,12 +234,15 @@ class CheckpointWriter(AbstractContextManager):
         partial = final.with_name(f".{final.name}")
         try:
             partial.mkdir(parents=True)
-            self.host_model.save_pretrained(partial)
+            sums: dict[str, str] = {}
+            self.host_model.save_pretrained(partial, lambda path, mode: UncachedFile(path, sums))
             for name, content in self.tokenizer_files.items():
                 (partial / name).write_bytes(content)
-            torch.save(state, partial / STATE_FILE)
+            with UncachedFile(partial / STATE_FILE, sums) as file:
+                torch.save(state, file)
             files = sorted(partial.iterdir())
-            (partial / SUMS_FILE).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
+            lines = [f"{sums.get(path.name) or file_sha256(path)}  {path.name}\n" for path in files]
+            (partial / SUMS_FILE).write_text("".join(lines))
             for path in (*files, partial / SUMS_FILE, partial):
                 _sync(path)
             self.before()
@@ -244,7 +250,9 @@ class CheckpointWriter(AbstractContextManager):
             os.replace(partial, final)
             _sync(self.folder)
             self.error, self.newest = None, final
-        except Exception as error:  # safetensors and torch have kinds of their own for a full disk
+        except Exception as error:
+            while isinstance(error.__context__, Exception):  # torch reports another trouble after that of the disk
+                error = error.__context__
             self.error = error
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free / 1e6
@@ -260,6 +268,64 @@ class CheckpointWriter(AbstractContextManager):
                 shutil.rmtree(doomed)
             except OSError as error:
                 warn(f"{old} could not be removed: {error}")
+
+
+class UncachedFile(io.RawIOBase):
+    """A new file, written past the system's page cache where that can be, and its SHA-256.
+
+    Through the cache gigabytes would push the token shards out of it, and cost more time than to hash them.
+
+    Args:
+        sums: gets the file's SHA-256 under its name when it is closed.
+        buffer_size: bytes written at once, a multiple of the page size.
+    """
+
+    def __init__(self, path: Path, sums: dict[str, str], buffer_size: int = 2**22):
+        self.path, self.sums = path, sums
+        self.sha256 = hashlib.sha256()
+        self.buffer = memoryview(mmap.mmap(-1, buffer_size))  # such writes want whole pages, in memory too
+        self.filled = self.size = 0
+        self.file = path.open("xb", buffering=0)
+        flags = fcntl.fcntl(self.file, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self.file, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
+            self.file.write(self.buffer[: mmap.PAGESIZE])  # some file systems refuse only here
+        except OSError:
+            fcntl.fcntl(self.file, fcntl.F_SETFL, flags)
+        self.file.seek(0)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: bytes | memoryview) -> int:
+        rest = whole = memoryview(data).cast("B")
+        while rest:
+            part = rest[: len(self.buffer) - self.filled]
+            self.buffer[self.filled : self.filled + len(part)] = part
+            self.filled += len(part)
+            rest = rest[len(part) :]
+            if self.filled == len(self.buffer):
+                self._empty()
+        return len(whole)
+
+    def _empty(self) -> None:
+        """Write what the buffer holds, up to the end of a page; `close` cuts off what is too much."""
+        self.sha256.update(self.buffer[: self.filled])
+        rest = self.buffer[: -(-self.filled // mmap.PAGESIZE) * mmap.PAGESIZE]
+        self.size, self.filled = self.size + self.filled, 0
+        while rest:
+            rest = rest[self.file.write(rest) :]
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            self._empty()
+            self.file.truncate(self.size)
+            self.sums[self.path.name] = self.sha256.hexdigest()
+        finally:
+            self.file.close()
+            super().close()
 
 
 def _on_host(value: Any) -> Any:

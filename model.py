@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -423,8 +422,12 @@ class GPT(nn.Module):
             model.lm_head.weight = model.wte.weight
         return model.eval()
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json, generation_config.json and model.safetensors as transformers lays them out."""
+    def save_pretrained(self, directory: str | Path, open: Callable[[Path, str], IO[bytes]] = open) -> None:
+        """Write config.json, generation_config.json and model.safetensors as transformers lays them out.
+
+        Args:
+            open: opens model.safetensors.
+        """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {}
@@ -433,15 +436,13 @@ class GPT(nn.Module):
                 continue
             if ours in ("wte.weight", "lm_head.weight"):
                 tensor = tensor[: self.config.vocab_size]
-            tensor = tensor.t() if _is_conv1d(ours) else tensor
-            tensors[_hf_name(ours, self.config)] = tensor.detach().cpu().contiguous()
-        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+            tensors[_hf_name(ours, self.config)] = tensor.t() if _is_conv1d(ours) else tensor
+        with open(directory / "model.safetensors", "wb") as file:
+            _write_safetensors(file, tensors)
         config = config_to_hf(self.config, self.wte.weight.dtype)
         _write_json(directory / "config.json", config)
         ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
         _write_json(directory / "generation_config.json", ends)
-        mode = (directory / "config.json").stat().st_mode
-        (directory / "model.safetensors").chmod(mode)  # safetensors lets only the owner read
 
 
 class Generation:
@@ -628,6 +629,9 @@ def sample_token(
 
 # Hugging Face files. GPT-2's config.json: transformers' GPT2Config; GPT-1's: OpenAIGPTConfig.
 
+# The names that safetensors has for dtypes.
+SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
 # Fields that change the numbers and that GPTConfig does not represent, with the values that change nothing.
 UNSUPPORTED = {"add_cross_attention": False, "quantization_config": None, "pruned_heads": {}}
 
@@ -700,6 +704,23 @@ def config_to_hf(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
         "scale_attn_weights": config.scale_attn_weights,
         "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
     }
+
+
+def _write_safetensors(file: IO[bytes], tensors: dict[str, Tensor]) -> None:
+    """Write tensors as https://github.com/huggingface/safetensors describes it, "Format".
+
+    One after the other: the library's own function first makes a copy of all, contiguous and on the host.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": SAFETENSORS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for tensor in tensors.values():
+        file.write(tensor.detach().flatten().cpu().view(torch.uint8).numpy())
 
 
 def _is_conv1d(name: str) -> bool:

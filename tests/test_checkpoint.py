@@ -1,5 +1,7 @@
 """Checkpoints: whole or known to be damaged, whatever the disk does."""
 
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -12,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import PAGE, fill
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from checkpoint import (
     STATE_KEYS,
     CheckpointWriter,
+    UncachedFile,
     begun_by_this_launch,
     checkpoints,
     damage,
@@ -137,6 +142,33 @@ def test_head_of_its_own_is_kept(tmp_path: Path) -> None:
         writer.close()
     [path] = checkpoints(tmp_path)
     assert same(GPT.from_pretrained(path).state_dict(), model.state_dict())
+
+
+@given(st.lists(st.binary(max_size=3 * PAGE) | st.integers(0, 5 * PAGE).map(bytes), max_size=5), st.integers(1, 2))
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parametrize("disk", ["tmp_path", "small_disk"])
+def test_uncached_file_holds_what_was_written(
+    request: pytest.FixtureRequest, disk: str, pieces: list[bytes], pages: int
+) -> None:
+    """`small_disk` is in memory, where there is nothing beside the page cache."""
+    path, sums = request.getfixturevalue(disk) / "file", {}
+    with UncachedFile(path, sums, pages * PAGE) as file:
+        assert all(file.write(piece) == len(piece) for piece in pieces)
+    assert path.read_bytes() == b"".join(pieces)
+    assert sums == {"file": hashlib.sha256(b"".join(pieces)).hexdigest()}
+    path.unlink()
+
+
+def test_large_files_of_a_checkpoint_stay_out_of_the_page_cache(tmp_path: Path) -> None:
+    if not shutil.which("fincore"):
+        pytest.skip("there is no command fincore")
+    with UncachedFile(tmp_path / "file", {}) as file:
+        if not fcntl.fcntl(file.file, fcntl.F_GETFL) & os.O_DIRECT:
+            pytest.skip("this file system has nothing but the cache")
+        for _ in range(20):
+            file.write(bytes(10**6))
+    fincore = ["fincore", "--bytes", "--noheadings", "--output", "RES", str(tmp_path / "file")]
+    assert int(subprocess.run(fincore, check=True, capture_output=True, text=True).stdout) < 10**6
 
 
 # What `save` promises: training goes on while the disk works.
@@ -293,7 +325,7 @@ def test_full_disk_costs_only_the_checkpoint_being_written(small_disk: Path, cap
             writer.save(step, *weights(small_model(step)), small_state(step), wait=True)
             writer.wait()
             [warning] = capsys.readouterr().err.splitlines()
-            assert f"no checkpoint of step {step}: " in warning
+            assert f"no checkpoint of step {step}: [Errno 28] No space left on device" in warning
             assert names(small_disk / "checkpoints") == ["step_00000001"] and damage(first) is None
             filler.unlink()
         with pytest.raises(OSError, match=f"of step {step}, could not be written"):
