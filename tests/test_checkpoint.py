@@ -5,6 +5,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -196,6 +197,15 @@ def test_save_returns_before_the_disk_has_it_and_keeps_what_it_was_given(
         writer.close()
     [path] = checkpoints(tmp_path)
     assert damage(path) is None and is_of(path, 4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_only_the_writing_thread_stands_back(tmp_path: Path) -> None:
+    before = os.getpriority(os.PRIO_PROCESS, 0), torch.get_num_threads()
+    with CheckpointWriter(tmp_path, TOKENIZER, 2, None) as writer:
+        priority = writer.thread.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        assert priority.result() == 19
+    assert (os.getpriority(os.PRIO_PROCESS, 0), torch.get_num_threads()) == before
 
 
 def test_save_while_one_is_written_is_left_out_with_a_warning(
