@@ -45,6 +45,21 @@ def make_optimizer(
     return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-8, fused=True)
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> bool:
+    """Load a state_dict; whether it has all that each parameter has after the first step."""
+    try:
+        optimizer.load_state_dict(state)
+        for group in optimizer.param_groups:
+            names = ("momentum",) if group["muon"] else ("exp_avg", "exp_avg_sq")
+            for p in group["params"]:
+                kept = optimizer.state[p]
+                if kept["step"].shape or any(kept[name].shape != p.shape for name in names):
+                    return False
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    return True
+
+
 class Muon(torch.optim.AdamW):
     """Muon for the groups marked `muon`, AdamW for the others.
 

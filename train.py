@@ -30,7 +30,7 @@ from config import TrainConfig, parse_config
 from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, training_batches
 from metrics import MetricsLog
 from model import GPT, Generation, GPTConfig
-from optim import learning_rate_at, make_optimizer, own_share
+from optim import learning_rate_at, load_optimizer, make_optimizer, own_share
 from parallel import distribute, gathered, rehearse, replicate, shard, synchronised_if, whole_weights
 from runtime import (
     LateReader,
@@ -278,11 +278,11 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
             f"meta.json of {cfg.data} has vocab_size {meta['vocab_size']}, its tokenizer {meta['tokenizer']} "
             f"{tokenizer.n_vocab}; make the data again with prepare_data.py"
         )
-    progress, notes, state = Progress(), [], {}
+    progress, notes, state, data_fingerprint = Progress(), [], {}, fingerprint(meta)
     if checkpoint:
         state = load_state(checkpoint)
         notes = cfg.check_resumable(state["settings"], run)
-        if state["data"] != fingerprint(meta):
+        if state["data"] != data_fingerprint:
             raise ValueError(
                 f"{run} was made with the tokens of {state['settings']['data']}; {cfg.data} now holds others: resume "
                 f"with those, or begin another run with --run_name NAME"
@@ -304,7 +304,8 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
     dtype = pick_dtype(cfg.dtype, rt.device)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
     if checkpoint:
-        optimizer.load_state_dict(state["optimizer"])
+        if not load_optimizer(optimizer, state["optimizer"]) and progress.step:
+            raise ValueError(f"{checkpoint} holds the optimizer of another model; delete it to use the one before")
         distribute(optimizer)
         scaler.load_state_dict(state["scaler"])
     block_size = model.config.block_size
@@ -319,7 +320,7 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
         tokenizer,
         TokenDataset(cfg.data, "train", block_size, verify),
         TokenDataset(cfg.data, "val", block_size, verify),
-        fingerprint(meta),
+        data_fingerprint,
         model,
         optimizer,
         scaler,

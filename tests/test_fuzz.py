@@ -14,7 +14,7 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -717,6 +717,31 @@ def test_a_state_that_would_run_code_with_the_right_sum_runs_none(
 def test_a_state_with_a_part_of_another_kind_is_a_clear_error(finished: Path, key: str, value: Any) -> None:
     name = f"checkpoints/step_00000004/{STATE_FILE}"
     state = torch.load(finished / "out/fuzz" / name, weights_only=True) | {key: value}
+    with copied_run(finished, {name: saved(state, zipped=True)}) as run:
+        sum_again(run / "checkpoints/step_00000004")
+        with pytest.raises(ValueError) as caught:
+            resume()
+    assert_clear(caught.value, "out/fuzz")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda kept: kept.update({name: torch.zeros(3) for name in kept if name != "step"}),
+        lambda kept: kept.update({name: "x" for name in kept}),
+        lambda kept: kept.update(step=None),
+        lambda kept: kept.popitem(),
+        lambda kept: kept.clear(),
+    ],
+    ids=["shapes", "kinds", "step", "one missing", "all missing"],
+)
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_state_with_another_optimizer_is_a_clear_error(
+    finished: Path, spoil: Callable[[dict[str, Any]], None], which: int
+) -> None:
+    name = f"checkpoints/step_00000004/{STATE_FILE}"
+    state = torch.load(finished / "out/fuzz" / name, weights_only=True)
+    spoil(list(state["optimizer"]["state"].values())[which])
     with copied_run(finished, {name: saved(state, zipped=True)}) as run:
         sum_again(run / "checkpoints/step_00000004")
         with pytest.raises(ValueError) as caught:
