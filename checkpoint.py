@@ -13,7 +13,6 @@ import re
 import shutil
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -143,7 +142,7 @@ def _launch() -> str:
 
 
 class CheckpointWriter(AbstractContextManager):
-    """Writes the checkpoints of a run in a thread: training waits for the copy to host memory only.
+    """Writes the checkpoints of a run in a thread: training waits for the copy to host memory only, but at its end.
 
     A write that fails is reported and leaves the earlier checkpoints whole; the next `save` tries again. A run
     has one writer at a time, in all processes; leaving the context waits for the write that goes on.
@@ -193,11 +192,11 @@ class CheckpointWriter(AbstractContextManager):
 
         Args:
             weights: the model's state_dict.
-            wait: for the write before this one; otherwise this one is left out while that one lasts.
+            wait: until this one is written; otherwise it is left out while the one before is being written.
         """
         if self.writing and not self.writing.done():
             if not wait:
-                warn(f"no checkpoint of step {step}: the disk is still busy with that of step {self.writing_step}")
+                warn(f"no checkpoint of step {step}: that of step {self.writing_step} is still being written")
                 return
             self.wait()
         if self.newest and step_of(self.newest) == step:
@@ -209,8 +208,11 @@ class CheckpointWriter(AbstractContextManager):
             if config.tie_word_embeddings:
                 self.host_model.lm_head.weight = self.host_model.wte.weight
         self.host_model.load_state_dict(weights)
-        self.writing_step = step
-        self.writing = self.thread.submit(self._write, step, _on_host(state))
+        self.writing_step, state = step, _on_host(state)
+        if wait:
+            self._write(step, state)  # here, where it has the priority of training
+        else:
+            self.writing = self.thread.submit(self._write, step, state)
 
     def wait(self) -> None:
         """Until no write goes on."""
@@ -274,10 +276,10 @@ class CheckpointWriter(AbstractContextManager):
 
 
 def _stand_back() -> None:
-    """Leave the processors to the other threads of this process: what they need no time for is enough to write."""
+    """Leave the processors to the other threads of this process: what they have no use for is enough to write."""
     torch.set_num_threads(1)  # two sets of OpenMP threads would wait for each other, spinning
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.nice(19)
 
 
 class UncachedFile(io.RawIOBase):
