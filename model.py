@@ -113,14 +113,11 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, head_dim) each
-        mask = None
-        if past is not None:
-            k, v = past.update(self.layer, k, v)  # (B, n_head, S, head_dim)
-            mask = past.mask
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=self.scale
-        )
+        if past is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=self.scale)
+        else:
+            y = past.attend(self.layer, q, k, v, self.scale)
         y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, n_embd)
         return self.resid_dropout(self.c_proj(y))
 
@@ -215,10 +212,14 @@ class KVCache:
         if self.extent + T > max_len:
             raise ValueError(f"{T} tokens after {self.extent} do not fit a cache of {max_len}")
         positions = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
-        if not self.static and self.extent == 0:
-            return Past(self.k, self.v, positions, None)  # plain causal attention among the new tokens
-        keys = torch.arange(max_len if self.static else self.extent + T, device=self.length.device)
-        return Past(self.k, self.v, positions, (keys <= positions[..., None])[:, None])
+        S = max_len if self.static else self.extent + T
+        # Whether all rows have seen as much: worth asking where the device need not be waited for.
+        even = not self.static and self.length.device.type == "cpu" and bool((self.length == self.extent).all())
+        mask = None  # plain causal attention among the new tokens, or of one to all
+        if self.static or (self.extent > 0 and not (even and T == 1)):
+            keys = torch.arange(S, device=self.length.device)
+            mask = (keys <= positions[..., None])[:, None]
+        return Past(self.k, self.v, positions, S, even, mask)
 
     def advance(self, T: int) -> None:
         self.length += T
@@ -233,21 +234,31 @@ class Past:
     k: Tensor  # (n_layer, B, n_head, max_len, head_dim)
     v: Tensor
     positions: Tensor  # of the new tokens, int64 (B, T)
+    S: int  # keys to attend to
+    even: bool  # all rows have the same positions, which end with S
     mask: Tensor | None  # which of the first S keys each new token attends to, (B, 1, T, S)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values (B, n_head, T, head_dim); those to attend to (B, n_head, S, head_dim)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[layer].transpose(1, 2)[rows, self.positions] = k.transpose(1, 2)  # (B, T, n_head, head_dim)
-        self.v[layer].transpose(1, 2)[rows, self.positions] = v.transpose(1, 2)
-        if self.mask is None:
-            return k, v
-        S = self.mask.shape[-1]
-        return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Store a layer's new keys and values, and attend with its queries; all are (B, n_head, T, head_dim)."""
+        T, S = k.shape[2], self.S
+        kept_k, kept_v = self.k[layer, :, :, :S], self.v[layer, :, :, :S]
+        if self.even:
+            kept_k[:, :, S - T :], kept_v[:, :, S - T :] = k, v
+        else:
+            rows = torch.arange(len(k), device=k.device)[:, None]
+            for kept, new in ((kept_k, k), (kept_v, v)):
+                new = new.transpose(1, 2).to(kept.dtype)  # (B, T, n_head, head_dim)
+                kept.transpose(1, 2)[rows, self.positions] = new
+        if S > T:
+            k, v = kept_k.to(k.dtype), kept_v.to(v.dtype)  # (B, n_head, S, head_dim)
+        causal = self.mask is None and T > 1
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=causal, scale=scale)
 
 
 class GPT(nn.Module):
     """The network. `GPT(config)` is freshly initialised, `GPT.from_pretrained` loads weights."""
+
+    cache_class: type[KVCache] = KVCache  # where generation keeps keys and values
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -510,7 +521,9 @@ class Generation:
         self.column = torch.tensor(self.totals, device=self.device)  # of `ids`, where a row's next token goes
         max_len = min(longest + max_new_tokens, model.config.block_size)
         dtype = model.wte.weight.dtype
-        self.cache = KVCache(model.config, len(prompts), max_len, dtype=dtype, device=self.device, static=compile)
+        self.cache = model.cache_class(
+            model.config, len(prompts), max_len, dtype=dtype, device=self.device, static=compile
+        )
         self.cached = [0] * len(prompts)  # tokens a row has in the cache
         self._fill(self.slots, [total - 1 for total in self.totals])
         self.decode = self._decode
@@ -609,7 +622,7 @@ def sample_token(
             et al., "The Curious Case of Neural Text Degeneration", 2020, section 3.1).
     """
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return logits.max(dim=-1).indices
     order = None  # the ids of the columns, where they are sorted
     if top_k is not None and top_k < logits.shape[-1]:
         logits, order = logits.topk(top_k)  # (B, top_k), descending

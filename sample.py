@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from checkpoint import find_model
 from cli import above_zero, run_script
-from inference import prepare
+from inference import kernels, prepare
 from model import GPT, Generation
 from runtime import describe, pick_device, pick_dtype
 from tokenizer import Tokenizer, load_tokenizer
@@ -148,7 +149,11 @@ class Writer:
         self.compile = args.compile
         if self.compile is None:
             self.compile = args.max_new_tokens >= COMPILE_FROM_TOKENS[self.device.type]
-        self.model = prepare(GPT.from_pretrained(source, dtype=dtype, device=self.device), int8, self.compile)
+        with ThreadPoolExecutor(1) as pool:
+            if self.device.type == "cpu":
+                pool.submit(kernels)  # compiled while the weights are read
+            model = GPT.from_pretrained(source, dtype=dtype, device=self.device)
+        self.model = prepare(model, int8, self.compile)
         self.tokenizer = load_tokenizer(source)
         kind = "int8" if int8 else str(dtype).removeprefix("torch.")
         print(f"{source} on {describe(self.device)} in {kind}", file=sys.stderr)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from inference import Int8Linear, PackedLinear, prepare
+import inference
+from inference import Int8Linear, KernelCache, KernelLinear, KernelPast, PackedLinear, kernels, prepare, round_to_int8
 from model import GPT, Generation, GPTConfig, KVCache, sample_token
 
 SMALL = GPTConfig(block_size=12, vocab_size=41, n_layer=2, n_head=2, n_embd=8, initializer_range=0.5)
@@ -256,22 +257,157 @@ def test_compiled_steps_write_the_same() -> None:
 
 MIDDLE = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=64, initializer_range=0.1)
 
+needs_kernels = pytest.mark.skipif(kernels() is None, reason="takes Linux, AVX512 and a C compiler")
 
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where they cannot be compiled."""
+    monkeypatch.setattr(inference, "kernels", lambda: None)
+
+
+def test_kernels_are_there_or_not_without_a_word(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    for compiler in ("there-is-no-such-compiler", "false"):  # `false` is a program that fails
+        monkeypatch.setenv("CC", compiler)
+        assert kernels.__wrapped__() is None
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", [pytest.param(KernelLinear, marks=needs_kernels), PackedLinear])
 @torch.no_grad()
-def test_packed_weights_give_the_same_logits() -> None:
-    """In bfloat16, whose rounding is 2**-8 of a value: both paths are as near to exact arithmetic."""
+def test_weights_laid_out_anew_give_the_same_logits(kind: type, request: pytest.FixtureRequest) -> None:
+    """In bfloat16, whose rounding is 2**-8 of a value: all paths are as near to exact arithmetic."""
+    if kind is PackedLinear:
+        request.getfixturevalue("no_kernels")
     exact = network(MIDDLE).bfloat16().double()
     plain, packed = network(MIDDLE).bfloat16(), network(MIDDLE).bfloat16()
     try:
         prepare(packed)
     except (AttributeError, RuntimeError) as error:
         pytest.skip(f"this build of PyTorch cannot pack: {error}")
-    assert isinstance(packed.h[0].mlp.c_fc, PackedLinear) and isinstance(packed.lm_head, PackedLinear)
-    for shape in ((1, 1), (3, 1), (2, 32)):
+    assert type(packed.h[0].mlp.c_fc) is type(packed.lm_head) is kind
+    for shape in ((1, 1), (3, 1), (2, 32), (7, 31)):
         idx = torch.randint(300, shape)
         logits, _ = exact(idx)
         errors = [(model(idx)[0] - logits).square().mean().sqrt() / logits.std() for model in (plain, packed)]
         assert errors[1] < 1.5 * errors[0] < 0.05
+        if kind is KernelLinear:
+            assert errors[1] < 1e-5  # nothing but the weights is in bfloat16
+
+
+@needs_kernels
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.one_of(st.integers(1, 20), st.just(130)),
+    sizes=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    int8=st.booleans(),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@torch.no_grad()
+def test_kernel_linear_is_the_linear(rows: int, sizes: tuple[int, int], int8: bool, bias: bool, seed: int) -> None:
+    """Any number of rows; inputs that are a part of something larger; each row as it would be alone, bit for bit."""
+    torch.manual_seed(seed)
+    linear = nn.Linear(*sizes, bias=bias).bfloat16()
+    kernel = KernelLinear(linear, int8)
+    x = torch.randn(rows, 2, sizes[0])[:, 1:]
+    y = kernel(x)
+    weight = linear.weight.double()
+    if int8:
+        whole, scale = round_to_int8(linear.weight)
+        weight = whole * scale.double()[:, None]
+    expected = x.double() @ weight.t() + (linear.bias.double() if bias else 0)
+    summands = x.double().abs() @ weight.abs().t() + (linear.bias.double().abs() if bias else 0)
+    assert y.dtype == torch.float32 and y.shape == (rows, 1, sizes[1])
+    assert ((y.double() - expected).abs() <= 1e-6 * summands).all()
+    if rows <= 128:
+        assert torch.equal(torch.stack([kernel(row) for row in x]), y)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_many_rows_go_to_amx_where_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    torch.manual_seed(0)
+    linear = nn.Linear(96, 40).bfloat16()
+    try:
+        kernel = KernelLinear(linear)
+    except (AttributeError, RuntimeError) as error:
+        pytest.skip(f"this build of PyTorch cannot pack: {error}")
+    x = torch.randn(9, 96)
+    assert torch.equal(kernel(x), PackedLinear(linear)(x.bfloat16()).float())
+    torch.testing.assert_close(kernel(x)[:8], kernel(x[:8]), rtol=2**-6, atol=2**-6)
+
+
+@needs_kernels
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
+    n_head=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 4, 15, 16, 17, 64, 80]),
+    whole=st.booleans(),
+    spread=st.sampled_from([0.1, 1.0, 30.0]),
+    seed=st.integers(0, 2**31),
+)
+@torch.no_grad()
+def test_kernel_attends_to_what_each_row_has_seen(
+    lengths: list[int], n_head: int, head_dim: int, whole: bool, spread: float, seed: int
+) -> None:
+    """Against float64; rows of different lengths, heads of any width, queries as they lie in c_attn's output or not."""
+    torch.manual_seed(seed)
+    B, scale = len(lengths), head_dim**-0.5
+    config = GPTConfig(block_size=80, vocab_size=2, n_layer=2, n_head=n_head, n_embd=n_head * head_dim)
+    cache = KernelCache(config, B, 71)
+    cache.k.normal_()
+    cache.v.normal_()
+    cache.length, cache.extent = torch.tensor(lengths), max(lengths)
+    before = cache.k.clone()
+    q, k, v = (t.transpose(1, 2) for t in torch.randn(B, 1, 3, n_head, head_dim).mul(spread).unbind(2))
+    if whole:
+        q = q.contiguous()
+    past = cache.past(1)
+    assert isinstance(past, KernelPast)
+    y = past.attend(1, q, k, v, scale)  # (B, n_head, 1, head_dim)
+    for row, n in enumerate(lengths):
+        keys = torch.cat([before[1, row, :, :n], k[row].bfloat16()], dim=1).double()
+        assert torch.equal(cache.k[1, row, :, : n + 1].double(), keys)
+        values = cache.v[1, row, :, : n + 1].double()
+        assert torch.equal(values[:, n], v[row, :, 0].bfloat16().double())
+        expected = (q[row].double() @ keys.transpose(1, 2) * scale).softmax(-1) @ values
+        torch.testing.assert_close(y[row].double(), expected, rtol=1e-4, atol=1e-5 * max(1, spread**2))
+        before[1, row, :, n] = k[row, :, 0]
+    assert torch.equal(cache.k, before), "nothing else is written to"
+
+
+@needs_kernels
+@torch.no_grad()
+def test_a_kernel_does_not_hide_what_is_no_number() -> None:
+    cache = KernelCache(SMALL, 1, 12)
+    cache.length, cache.extent = torch.tensor([3]), 3
+    q = torch.full((1, 2, 1, 4), torch.nan)
+    assert cache.past(1).attend(0, q, torch.zeros_like(q), torch.zeros_like(q), 1.0).isnan().all()
+    assert KernelLinear(nn.Linear(8, 16))(torch.full((1, 8), torch.nan)).isnan().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("int8", [False, True])
+def test_kernels_write_each_row_as_it_would_be_alone(int8: bool) -> None:
+    """Ragged rows, one ended half-way, past the context."""
+    model = prepare(network(MIDDLE).bfloat16(), int8)
+    prompts = [[5, 6, 7], [8], list(range(30))]
+    sampling = {"temperature": 0.9, "top_k": 50, "seed": 3}
+    together = Generation(model, prompts, 60, **sampling)
+    assert isinstance(together.cache, KernelCache)
+    texts: list[list[int]] = [[] for _ in prompts]
+    for step in range(60):
+        if step == 20:
+            together.end({1})
+        for row, token in zip(list(together.live), together.step()[0].tolist()):
+            texts[row].append(token)
+    for row, prompt in enumerate(prompts):
+        alone = Generation(model, [prompt], 60, **sampling, row_numbers=[row])
+        assert write(alone, 60)[0][: len(texts[row])] == texts[row]
+    assert [len(text) for text in texts] == [60, 20, 60]
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -327,7 +463,7 @@ def test_int8_logits_are_near_the_exact_ones(tied: bool) -> None:
     idx = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0))
     exact, _ = network(config).float()(idx)
     model = prepare(network(config).float(), int8=True)
-    assert sum(isinstance(module, Int8Linear) for module in model.modules()) == 4 * 2 + 1
+    assert sum(isinstance(module, Int8Linear | KernelLinear) for module in model.modules()) == 4 * 2 + 1
     rounded, _ = model(idx)
     # A weight is off by up to 1/254 of its row's largest one, about a hundredth of a typical one.
     assert 1e-3 < (rounded - exact).std() / exact.std() < 0.05
