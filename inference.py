@@ -72,18 +72,18 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach() if int8 else linear.weight.detach().bfloat16()
-        weight = F.pad(weight, (0, self.in_features % 2, 0, -self.out_features % 16))
+        weight = F.pad(weight, (0, self.in_features % 2, 0, -self.out_features % 32))
         N, K = self.shape = weight.shape
         self.scale, self.bias = torch.ones(N), torch.zeros(N)
         if linear.bias is not None:
             self.bias[: self.out_features] = linear.bias.detach()
         if int8:
             weight, self.scale = round_to_int8(weight)
-            self.weight = weight.view(N // 16, 16, K).transpose(1, 2).contiguous()  # (N / 16, K, 16)
+            self.weight = weight.view(N // 32, 32, K).transpose(1, 2).contiguous()  # (N / 32, K, 32)
             self.product = kernels().linear_int8
         else:  # pairs of bfloat16 are moved as one int32
-            pairs = weight.view(torch.int32).view(N // 16, 16, K // 2)
-            self.weight = pairs.transpose(1, 2).contiguous().view(torch.bfloat16)  # (N / 16, K / 2, 16 * 2)
+            pairs = weight.view(torch.int32).view(N // 32, 32, K // 2)
+            self.weight = pairs.transpose(1, 2).contiguous().view(torch.bfloat16)  # (N / 32, K / 2, 32 * 2)
             self.product = kernels().linear_bfloat16
         self.pointers = [tensor.data_ptr() for tensor in (self.weight, self.scale, self.bias)]
         # What many rows cost is arithmetic, and there AMX is many times as fast.
@@ -93,22 +93,10 @@ class KernelLinear(nn.Module):
         (N, K), rows = self.shape, x.numel() // self.in_features
         if self.many and rows > 8:
             return self.many(x.bfloat16()).float()
-        if rows > 128:  # from here on a library's product is faster, the widening of the weights included
-            return F.linear(x, self.widened(), self.bias[: self.out_features])
         x = x.contiguous() if K == self.in_features else F.pad(x, (0, 1))
         y = torch.empty(*x.shape[:-1], N)
         self.product(rows, K, N, x.data_ptr(), *self.pointers, y.data_ptr())
         return y if N == self.out_features else y[..., : self.out_features]
-
-    def widened(self) -> Tensor:
-        """The weights as nn.Linear has them, float32 (out, in)."""
-        N, K = self.shape
-        if self.weight.dtype == torch.int8:
-            weight = self.weight.transpose(1, 2).float().reshape(N, K) * self.scale[:, None]
-        else:
-            pairs = self.weight.view(torch.int32).transpose(1, 2).contiguous()  # (N / 16, 16, K / 2)
-            weight = pairs.view(torch.bfloat16).view(N, K).float()
-        return weight[: self.out_features, : self.in_features]
 
 
 class KernelCache(KVCache):

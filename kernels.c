@@ -9,36 +9,43 @@
 #include <math.h>
 #include <stdint.h>
 
-enum { LANES = 16, AHEAD = 8192 };  // float32 numbers of a register; bytes
+enum { LANES = 16, OUTPUTS = 2 * LANES, AHEAD = 8192 };  // float32 numbers of a register and of a tile's row; bytes
 
 #define EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
+#define EACH_HALF _Pragma("GCC unroll 2") for (int h = 0; h < 2; h++)
 
-// 16 outputs of 1 to 8 rows. `rows` and `bytes` are constants wherever this is inlined, so that the sums are registers.
+// OUTPUTS outputs of 1 to 8 rows. `rows` and `bytes` are constants wherever this is inlined: the sums stay in registers.
 static inline __attribute__((always_inline)) void tile(
     const int rows, const int bytes, long K, long N,
     const float *x, const char *w, const float *scale, const float *bias, float *y)
 {
-    __m512 even[8], odd[8];
-    EACH_ROW even[r] = odd[r] = _mm512_setzero_ps();
-    for (long k = 0; k < K; k += 2, w += 2 * LANES * bytes) {
-        __m512 w0, w1;
-        _mm_prefetch(w + AHEAD, _MM_HINT_T1);
-        if (bytes == 2) {  // a bfloat16 is the upper half of a float32; those of k and k + 1 alternate
-            __m512i pairs = _mm512_loadu_si512(w);
-            w0 = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-            w1 = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
-        } else {
-            w0 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
-            w1 = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w + 1)));
+    __m512 sum[8][2];
+    EACH_ROW EACH_HALF sum[r][h] = _mm512_setzero_ps();
+    for (long k = 0; k < K; k += 2, w += 2 * OUTPUTS * bytes) {
+        __m512 first[2], second[2];  // weights of k and k + 1
+        EACH_HALF {
+            if (bytes == 2) {  // a bfloat16 is the upper half of a float32; those of k and k + 1 alternate
+                _mm_prefetch(w + 64 * h + AHEAD, _MM_HINT_T1);
+                __m512i pairs = _mm512_loadu_si512(w + 64 * h);
+                first[h] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+                second[h] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
+            } else {
+                const __m128i *bytes16 = (const __m128i *)w + h;
+                if (h == 0)
+                    _mm_prefetch(w + AHEAD, _MM_HINT_T1);
+                first[h] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes16)));
+                second[h] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes16 + 2)));
+            }
         }
         EACH_ROW {
-            even[r] = _mm512_fmadd_ps(w0, _mm512_set1_ps(x[r * K + k]), even[r]);
-            odd[r] = _mm512_fmadd_ps(w1, _mm512_set1_ps(x[r * K + k + 1]), odd[r]);
+            __m512 x0 = _mm512_set1_ps(x[r * K + k]), x1 = _mm512_set1_ps(x[r * K + k + 1]);
+            EACH_HALF sum[r][h] = _mm512_fmadd_ps(first[h], x0, sum[r][h]);
+            EACH_HALF sum[r][h] = _mm512_fmadd_ps(second[h], x1, sum[r][h]);
         }
     }
-    EACH_ROW {
-        __m512 sum = _mm512_add_ps(even[r], odd[r]);
-        _mm512_storeu_ps(y + r * N, _mm512_fmadd_ps(sum, _mm512_loadu_ps(scale), _mm512_loadu_ps(bias)));
+    EACH_ROW EACH_HALF {
+        __m512 scales = _mm512_loadu_ps(scale + LANES * h), biases = _mm512_loadu_ps(bias + LANES * h);
+        _mm512_storeu_ps(y + r * N + LANES * h, _mm512_fmadd_ps(sum[r][h], scales, biases));
     }
 }
 
@@ -47,7 +54,7 @@ static inline __attribute__((always_inline)) void linear(
     const float *x, const char *w, const float *scale, const float *bias, float *y)
 {
 #pragma omp parallel for schedule(static)
-    for (long n = 0; n < N; n += LANES) {
+    for (long n = 0; n < N; n += OUTPUTS) {
         const char *block = w + n * K * bytes;  // stays in the cache for all rows
         for (long m = 0; m < M;) {
             const float *in = x + m * K;
@@ -62,14 +69,14 @@ static inline __attribute__((always_inline)) void linear(
     }
 }
 
-// y = x w' * scale + bias of x (M, K), w (N / 16, K / 2, 16, 2), scale and bias (N), y (M, N); K even, N in sixteens.
+// y = x w' * scale + bias of x (M, K), w (N / 32, K / 2, 32, 2), scale and bias (N), y (M, N); 2 divides K, 32 N.
 void linear_bfloat16(
     long M, long K, long N, const float *x, const char *w, const float *scale, const float *bias, float *y)
 {
     linear(2, M, K, N, x, w, scale, bias, y);
 }
 
-// The same of w (N / 16, K, 16).
+// The same of w (N / 32, K, 32).
 void linear_int8(
     long M, long K, long N, const float *x, const char *w, const float *scale, const float *bias, float *y)
 {
@@ -124,9 +131,10 @@ void attend(
         for (long s = 0; s <= last; s += LANES, key += LANES * D, value += LANES * D) {
             const long n = last + 1 - s < LANES ? last + 1 - s : LANES;
             float score[LANES], before = largest;
-            for (long byte = AHEAD; byte < AHEAD + LANES * D * 2; byte += 64) {
-                _mm_prefetch((char *)key + byte, _MM_HINT_T1);
-                _mm_prefetch((char *)value + byte, _MM_HINT_T1);
+            const long ahead = 4 * LANES;
+            for (long byte = 0; s + ahead <= last && byte < LANES * D * 2; byte += 64) {
+                _mm_prefetch((char *)(key + ahead * D) + byte, _MM_HINT_T1);
+                _mm_prefetch((char *)(value + ahead * D) + byte, _MM_HINT_T1);
             }
             for (long j = 0; j < n; j++) {
                 __m512 sum = _mm512_setzero_ps();
