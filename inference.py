@@ -93,7 +93,7 @@ class KernelLinear(nn.Module):
         (N, K), rows = self.shape, x.numel() // self.in_features
         if self.many and rows > 8:
             return self.many(x.bfloat16()).float()
-        x = x.contiguous() if K == self.in_features else F.pad(x, (0, 1))
+        x = x.float().contiguous() if K == self.in_features else F.pad(x.float(), (0, 1))
         y = torch.empty(*x.shape[:-1], N)
         self.product(rows, K, N, x.data_ptr(), *self.pointers, y.data_ptr())
         return y if N == self.out_features else y[..., : self.out_features]

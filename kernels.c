@@ -1,9 +1,9 @@
-// What writing a token costs on a CPU: products of a few rows with weights in bfloat16 or int8, and the attention of one
-// new token to a cache in bfloat16, at the speed at which memory can be read.
+// What writing text costs on a CPU with AVX512: products with weights in bfloat16 or int8, and the attention of one new
+// token of each row to a cache in bfloat16. inference.py compiles and calls this.
 //
-// Each weight is read once, so the time is that of the reading, and what counts is to ask for cache lines long before
-// they are needed. Inputs, sums and outputs are float32, and a row's sums are formed in the same order whatever rows
-// stand beside it.
+// For few rows the time is that of reading the weights, each once, and what counts is to ask for cache lines long
+// before they are needed. Inputs, sums and outputs are float32. A row's sums are formed in the same order whatever
+// rows stand beside it.
 
 #include <immintrin.h>
 #include <math.h>
@@ -14,7 +14,8 @@ enum { LANES = 16, OUTPUTS = 2 * LANES, AHEAD = 8192 };  // float32 numbers of a
 #define EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
 #define EACH_HALF _Pragma("GCC unroll 2") for (int h = 0; h < 2; h++)
 
-// OUTPUTS outputs of 1 to 8 rows. `rows` and `bytes` are constants wherever this is inlined: the sums stay in registers.
+// OUTPUTS outputs of 1 to 8 rows. `rows` and `bytes` (of a weight) are constants wherever this is inlined, so that the
+// sums stay in registers.
 static inline __attribute__((always_inline)) void tile(
     const int rows, const int bytes, long K, long N,
     const float *x, const char *w, const float *scale, const float *bias, float *y)
@@ -109,10 +110,12 @@ static inline __m512 exponential(__m512 x)  // of numbers of at most 0, to 3e-7 
     return _mm512_scalef_ps(sum, twos);
 }
 
-#define EACH_PART(D) for (long d = 0, lanes = 0xffff; lanes = D - d < LANES ? (1 << (D - d)) - 1 : 0xffff, d < D; d += LANES)
+// Sixteen of the D numbers at a time, or what is left of them.
+#define EACH_PART \
+    for (long d = 0, lanes; lanes = D - d < LANES ? (1 << (D - d)) - 1 : 0xffff, d < D; d += LANES)
 
-// Stores the key and value of a new token of each row and attends with its query to all of that row, by an online softmax
-// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) over 16 keys at a time.
+// Stores the key and value of a new token of each row and attends with its query to all of that row, by an online
+// softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) over 16 keys at a time.
 // q, k, v (B, H, D), rows `stride` apart; keys, values (B, H, L, D); seen (B), the tokens stored before; y (B, H, D).
 void attend(
     long B, long H, long L, long D, long stride, float scale, const float *q, const float *k, const float *v,
@@ -123,7 +126,7 @@ void attend(
         const long row = i / H * stride + i % H * D, last = seen[i / H];
         uint16_t *key = keys + i * L * D, *value = values + i * L * D;
         float *out = y + i * D, largest = -INFINITY, total = 0;
-        EACH_PART(D) {
+        EACH_PART {
             narrow(lanes, key + last * D + d, _mm512_maskz_loadu_ps(lanes, k + row + d));
             narrow(lanes, value + last * D + d, _mm512_maskz_loadu_ps(lanes, v + row + d));
             _mm512_mask_storeu_ps(out + d, lanes, _mm512_setzero_ps());
@@ -138,7 +141,10 @@ void attend(
             }
             for (long j = 0; j < n; j++) {
                 __m512 sum = _mm512_setzero_ps();
-                EACH_PART(D) sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(lanes, q + row + d), widen(lanes, key + j * D + d), sum);
+                EACH_PART {
+                    __m512 query = _mm512_maskz_loadu_ps(lanes, q + row + d);
+                    sum = _mm512_fmadd_ps(query, widen(lanes, key + j * D + d), sum);
+                }
                 score[j] = _mm512_reduce_add_ps(sum) * scale;
                 largest = score[j] > largest ? score[j] : largest;
             }
@@ -148,14 +154,16 @@ void attend(
             const float shrink = _mm512_cvtss_f32(exponential(_mm512_set1_ps(before - largest)));
             total = total * shrink + _mm512_reduce_add_ps(weights);
             _mm512_storeu_ps(score, weights);
-            EACH_PART(D) {
+            EACH_PART {
                 __m512 sum = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, out + d), _mm512_set1_ps(shrink));
                 for (long j = 0; j < n; j++)
                     sum = _mm512_fmadd_ps(_mm512_set1_ps(score[j]), widen(lanes, value + j * D + d), sum);
                 _mm512_mask_storeu_ps(out + d, lanes, sum);
             }
         }
-        EACH_PART(D) _mm512_mask_storeu_ps(
-            out + d, lanes, _mm512_div_ps(_mm512_maskz_loadu_ps(lanes, out + d), _mm512_set1_ps(total)));
+        EACH_PART {
+            __m512 sum = _mm512_maskz_loadu_ps(lanes, out + d);
+            _mm512_mask_storeu_ps(out + d, lanes, _mm512_div_ps(sum, _mm512_set1_ps(total)));
+        }
     }
 }
