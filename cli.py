@@ -25,10 +25,11 @@ def run_script(main: Callable[[], None]) -> None:
     `python -X dev SCRIPT` shows the traceback instead.
     """
     try:
-        main()
+        return main()
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        sys.exit(f"error: {error}")
+        end: str | int = f"error: {error}"
     except KeyboardInterrupt:
-        sys.exit(130)
+        end = 130
+    sys.exit(end)  # out here, where nothing holds what the error left half-way: it is cleaned up before Python ends

@@ -5,6 +5,7 @@ A source is an iterator of pieces, so that a document of any length takes little
 
 import codecs
 import csv
+import gc
 import gzip
 import importlib.util
 import io
@@ -262,12 +263,14 @@ def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> I
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
 
+    stream = None
     try:
         rows = load_dataset(dataset, split=split, streaming=True, **where)
         known = rows.info.splits[split].num_examples if rows.info.splits and split in rows.info.splits else 0
         if rows.column_names and text_column in rows.column_names:
             rows = rows.select_columns([text_column])
-        for number, row in enumerate(rows, start=1):
+        stream = iter(rows)
+        for number, row in enumerate(stream, start=1):
             if not isinstance(row.get(text_column), str):
                 columns = ", ".join(row)
                 raise ValueError(f"{dataset}, row {number}: no text under {text_column!r}; --text_column of: {columns}")
@@ -275,3 +278,8 @@ def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> I
     except (DatasetsError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"the dataset {dataset} cannot be had: {reason}") from error
+    finally:
+        if stream is not None:
+            # Arrow's threads of a stream left half-way abort a Python that ends (github.com/apache/arrow/issues/45214).
+            stream.close()
+            gc.collect()
