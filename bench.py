@@ -258,9 +258,9 @@ def read_bandwidth(device: torch.device) -> float:
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes that one token reads: the weights of all products, each once."""
     total = 0
-    for module in model.modules():
+    for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if weight is not None and not isinstance(module, torch.nn.Embedding):
+        if weight is not None and not name.endswith(".many") and not isinstance(module, torch.nn.Embedding):
             total += weight.numel() * weight.element_size()
     return total
 

@@ -11,15 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import GPT, KVCache, Past
+from model import GPT, Block, Past
 from runtime import keep_freed_memory
 
 
@@ -45,20 +43,40 @@ def kernels() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if sys.platform != "linux" or "AVX512" not in torch.backends.cpu.get_cpu_capability() or not compiler:
         return None
-    # Linked with the OpenMP library that torch has loaded: the threads of a second one would fight with those.
-    openmp = re.search(r"/.*/lib(gomp|iomp5|omp)\b.*", Path("/proc/self/maps").read_text())
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-nodefaultlibs"]
     try:
+        # Linked with the OpenMP library that torch has loaded: the threads of a second one would fight with those.
+        openmp = re.search(r"/.*/lib(gomp|iomp5|omp)\b.*", Path("/proc/self/maps").read_text())
         with tempfile.TemporaryDirectory() as folder:
             command = [compiler, *flags, Path(__file__).with_name("kernels.c"), openmp[0], "-o", f"{folder}/kernels.so"]
             subprocess.run(command, check=True, capture_output=True)
             library = ctypes.CDLL(f"{folder}/kernels.so")  # it stays when its file goes
     except (OSError, TypeError, subprocess.CalledProcessError):
         return None
-    for product in (library.linear_bfloat16, library.linear_int8):
-        product.argtypes = [ctypes.c_long] * 3 + [ctypes.c_void_p] * 5
-    library.attend.argtypes = [ctypes.c_long] * 5 + [ctypes.c_float] + [ctypes.c_void_p] * 7
+    library.linear.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    library.plan.argtypes, library.plan.restype = [ctypes.c_long] * 2 + [ctypes.c_void_p] * 3, ctypes.c_long
+    library.pack.argtypes = [ctypes.c_long] * 2 + [ctypes.c_void_p] * 4
+    library.block.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long] + [ctypes.c_void_p] * 5
     return library
+
+
+class CLinear(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_long) for name in ("bytes", "K", "N")] + [
+        (name, ctypes.c_void_p) for name in ("weight", "starts", "upper", "scale", "bias")
+    ]
+
+
+class CNorm(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias")]
+
+
+class CBlock(ctypes.Structure):
+    _fields_ = (
+        [(name, CLinear) for name in ("attn_in", "attn_out", "mlp_in", "mlp_out")]
+        + [(name, CNorm) for name in ("ln_1", "ln_2")]
+        + [(name, ctypes.c_long) for name in ("n_head", "post_norm")]
+        + [(name, ctypes.c_float) for name in ("scale", "epsilon")]
+    )
 
 
 class KernelLinear(nn.Module):
@@ -72,20 +90,25 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach() if int8 else linear.weight.detach().bfloat16()
-        weight = F.pad(weight, (0, self.in_features % 2, 0, -self.out_features % 32))
+        weight = F.pad(weight, (0, -self.in_features % 4, 0, -self.out_features % 32))
         N, K = self.shape = weight.shape
         self.scale, self.bias = torch.ones(N), torch.zeros(N)
         if linear.bias is not None:
             self.bias[: self.out_features] = linear.bias.detach()
+        self.starts, self.upper = torch.empty(0), torch.empty(16, dtype=torch.uint8)
         if int8:
             weight, self.scale = round_to_int8(weight)
             self.weight = weight.view(N // 32, 32, K).transpose(1, 2).contiguous()  # (N / 32, K, 32)
-            self.product = kernels().linear_int8
-        else:  # pairs of bfloat16 are moved as one int32
-            pairs = weight.view(torch.int32).view(N // 32, 32, K // 2)
-            self.weight = pairs.transpose(1, 2).contiguous().view(torch.bfloat16)  # (N / 32, K / 2, 32 * 2)
-            self.product = kernels().linear_bfloat16
-        self.pointers = [tensor.data_ptr() for tensor in (self.weight, self.scale, self.bias)]
+        else:
+            weight = weight.contiguous()
+            sample = weight.flatten()[:: max(1, weight.numel() // 10**6)].view(torch.int16)
+            self.upper = (sample >> 8 & 255).bincount(minlength=256).topk(16).indices.to(torch.uint8)
+            self.starts = torch.empty(N // 32, dtype=torch.int64)
+            pointers = [tensor.data_ptr() for tensor in (weight, self.upper, self.starts)]
+            self.weight = torch.empty(kernels().plan(K, N, *pointers), dtype=torch.uint8)
+            kernels().pack(K, N, *pointers, self.weight.data_ptr())
+        tensors = (self.weight, self.starts, self.upper, self.scale, self.bias)
+        self.fields = CLinear(1 if int8 else 2, K, N, *(tensor.data_ptr() for tensor in tensors))
         # What many rows cost is arithmetic, and there AMX is many times as fast.
         self.many = PackedLinear(linear.bfloat16()) if torch.cpu._is_amx_tile_supported() and not int8 else None
 
@@ -93,34 +116,40 @@ class KernelLinear(nn.Module):
         (N, K), rows = self.shape, x.numel() // self.in_features
         if self.many and rows > 8:
             return self.many(x.bfloat16()).float()
-        x = x.float().contiguous() if K == self.in_features else F.pad(x.float(), (0, 1))
+        x = x.float().contiguous() if K == self.in_features else F.pad(x.float(), (0, K - self.in_features))
         y = torch.empty(*x.shape[:-1], N)
-        self.product(rows, K, N, x.data_ptr(), *self.pointers, y.data_ptr())
+        kernels().linear(ctypes.byref(self.fields), rows, x.data_ptr(), y.data_ptr())
         return y if N == self.out_features else y[..., : self.out_features]
 
 
-class KernelCache(KVCache):
-    """A cache in bfloat16 on a CPU, of a network that computes in float32."""
+class KernelBlock(nn.Module):
+    """A Block of KernelLinear, one call for a pass over one more token of each row; the cache is in bfloat16.
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options | {"dtype": torch.bfloat16})
+    Args:
+        block: of widths that 32 divides, its activation the tanh form of GELU.
+    """
 
-    def past(self, T: int) -> Past:
-        past = super().past(T)
-        return KernelPast(**vars(past)) if T == 1 and self.extent > 0 else past
+    def __init__(self, block: Block):
+        super().__init__()
+        self.block = block
+        attn, mlp = block.attn, block.mlp
+        self.fields = CBlock(
+            *(linear.fields for linear in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)),
+            *(CNorm(norm.weight.data_ptr(), norm.bias.data_ptr()) for norm in (block.ln_1, block.ln_2)),
+            attn.n_head,
+            block.post_norm,
+            attn.scale,
+            block.ln_1.eps,
+        )
 
-
-class KernelPast(Past):
-    """As a pass over one more token of each row sees it."""
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        _, B, n_head, max_len, head_dim = self.k.shape
-        if not q.stride() == k.stride() == v.stride() or (q.stride(1), q.stride(3)) != (head_dim, 1):
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        y = torch.empty(B, n_head, 1, head_dim)
-        tensors = (q, k, v, self.k[layer], self.v[layer], self.positions, y)
-        pointers = [tensor.data_ptr() for tensor in tensors]
-        kernels().attend(B, n_head, max_len, head_dim, q.stride(0), scale, *pointers)
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+        B, T, _ = x.shape
+        if past is None or T > 1 or past.k.dtype != torch.bfloat16 or (B > 8 and self.block.mlp.c_fc.many):
+            return self.block(x, past)
+        x, y = x.contiguous(), torch.empty_like(x)
+        keys, values = past.k[self.block.attn.layer], past.v[self.block.attn.layer]  # (B, n_head, max_len, head_dim)
+        tensors = (x, keys, values, past.positions, y)
+        kernels().block(ctypes.byref(self.fields), B, keys.shape[2], *(tensor.data_ptr() for tensor in tensors))
         return y
 
 
@@ -161,24 +190,25 @@ def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
     weight = model.wte.weight
     eager = weight.device.type == "cpu" and not compile
     fast = eager and (int8 or weight.dtype == torch.bfloat16) and kernels() is not None
-    if fast:
-        kind = partial(KernelLinear, int8=int8)
-    elif int8:
-        kind = Int8Linear
-    elif eager and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-        kind = PackedLinear
-    else:
+    packed = eager and not int8 and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    if not (fast or int8 or packed):
         return model
     if eager:
         keep_freed_memory()
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, kind(child))
-            elif isinstance(child, nn.Dropout):
-                setattr(module, name, nn.Identity())  # half a hundred calls a token
-            elif fast and isinstance(child, nn.LayerNorm | nn.Embedding) and child is not model.wte:
-                child.float()  # so that all is computed in float32; of `wte` single rows are read
-    if fast:
-        model.cache_class = KernelCache
+    for name in [name for name, _ in model.named_modules()]:  # by name, so that what is replaced goes at once
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            if fast:
+                laid_out = KernelLinear(module, int8)
+            else:
+                laid_out = Int8Linear(module) if int8 else PackedLinear(module)
+            model.set_submodule(name, laid_out)
+        elif isinstance(module, nn.Dropout):
+            model.set_submodule(name, nn.Identity())  # half a hundred calls a token
+        elif fast and isinstance(module, nn.LayerNorm | nn.Embedding):
+            # All is computed in float32; of `wte` single rows are read, and the cache has its dtype.
+            module.to(torch.bfloat16 if module is model.wte else torch.float32)
+    c = model.config
+    if fast and c.activation in ("gelu_new", "gelu_pytorch_tanh") and c.n_embd % 32 == (c.n_inner or 0) % 32 == 0:
+        model.h = nn.ModuleList(KernelBlock(block) for block in model.h)
     return model

@@ -1,5 +1,5 @@
-// What writing text costs on a CPU with AVX512: products with weights in bfloat16 or int8, and the attention of one new
-// token of each row to a cache in bfloat16. inference.py compiles and calls this.
+// What writing text costs on a CPU with AVX512: products with weights in bfloat16 or int8, and a block of the network
+// for one new token of each row, its cache in bfloat16. inference.py compiles and calls this.
 //
 // For few rows the time is that of reading the weights, each once, and what counts is to ask for cache lines long
 // before they are needed. Inputs, sums and outputs are float32. A row's sums are formed in the same order whatever
@@ -8,80 +8,240 @@
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 enum { LANES = 16, OUTPUTS = 2 * LANES, AHEAD = 8192 };  // float32 numbers of a register and of a tile's row; bytes
 
 #define EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
 #define EACH_HALF _Pragma("GCC unroll 2") for (int h = 0; h < 2; h++)
 
+static inline __m512 exponential(__m512 x)  // of numbers of at most 0, to 3e-7 of the result
+{
+    static const float series[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f};
+    x = _mm512_max_ps(_mm512_set1_ps(-104), x);  // there it is 0; in this order a NaN stays
+    __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693145752f), x);  // the logarithm of 2 in two parts
+    x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(1.42860677e-6f), x);
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < 7; i++)
+        sum = _mm512_fmadd_ps(sum, x, _mm512_set1_ps(series[i]));
+    return _mm512_scalef_ps(sum, twos);
+}
+
+static inline __m512 gelu(__m512 x)  // its tanh form: x / (1 + exp(-z)) with z = sqrt(8 / pi) (x + 0.044715 x^3)
+{
+    __m512 one = _mm512_set1_ps(1), cubic = _mm512_mul_ps(_mm512_set1_ps(0.044715f), _mm512_mul_ps(x, x));
+    __m512 z = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(1.5957691216f), x), _mm512_add_ps(one, cubic));
+    __m512 small = exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(z)));
+    __mmask16 negative = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ);
+    return _mm512_div_ps(_mm512_mask_mul_ps(x, negative, x, small), _mm512_add_ps(one, small));
+}
+
+// y = x w' * scale + bias of x (M, K), scale and bias (N), y (M, N); 4 divides K, 32 N. int8 weights have shape
+// (N / 32, K, 32).
+//
+// bfloat16 weights take 12 bits as a rule, and not one is changed: of the 256 values that their upper byte, a sign and
+// seven bits of exponent, may have, sixteen make up nearly all of a matrix. They come in tiles of 32 outputs, in these
+// in blocks of 4 inputs. A tile begins with a byte for each block, whether it is packed. A plain block has shape
+// (2, 2, 16, 2): pairs of inputs, halves of the outputs, outputs, inputs. A packed one is the lower bytes of the first
+// pair of inputs, those of the second, and then, of half a byte each, which of the sixteen the upper bytes are.
+typedef struct {
+    long bytes, K, N;  // `bytes` of a weight: 2 or 1
+    const char *w;
+    const int64_t *starts;  // of the tiles
+    const uint8_t *upper;  // the sixteen
+    const float *scale, *bias;
+} Linear;
+
+enum { INPUTS = 4, PACKED = 192, PLAIN = 256 };  // of a block; its bytes
+
+static inline long flags_size(long K)
+{
+    return (K / INPUTS + 63) / 64 * 64;
+}
+
+typedef enum { STORE, ADD, GELU } Finish;  // what becomes of y: as it is, the residual sum, the activation
+
+// Each of these reads a block and returns where the next one begins.
+static inline __attribute__((always_inline)) const char *read_bfloat16(
+    const char *w, int packed, __m512i upper, __m512 weights[INPUTS][2])
+{
+    __m512i pairs[2][2], nibble = _mm512_set1_epi8(15);
+    if (packed) {
+        __m512i codes = _mm512_loadu_si512(w + 128);
+        for (int i = 0; i < 2; i++, codes = _mm512_srli_epi16(codes, 4)) {
+            __m512i lowers = _mm512_loadu_si512(w + 64 * i);
+            __m512i uppers = _mm512_shuffle_epi8(upper, _mm512_and_si512(codes, nibble));
+            pairs[i][0] = _mm512_unpacklo_epi8(lowers, uppers);
+            pairs[i][1] = _mm512_unpackhi_epi8(lowers, uppers);
+        }
+        w += PACKED;
+    } else {
+        for (int i = 0; i < 4; i++)
+            pairs[i / 2][i % 2] = _mm512_loadu_si512(w + 64 * i);
+        w += PLAIN;
+    }
+    for (int i = 0; i < 2; i++)
+        EACH_HALF {  // a bfloat16 is the upper half of a float32
+            __m512i second = _mm512_and_si512(pairs[i][h], _mm512_set1_epi32(0xffff0000));
+            weights[2 * i][h] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[i][h], 16));
+            weights[2 * i + 1][h] = _mm512_castsi512_ps(second);
+        }
+    return w;
+}
+
+static inline __attribute__((always_inline)) const char *read_int8(const char *w, __m512 weights[INPUTS][2])
+{
+    for (int i = 0; i < INPUTS; i++)
+        EACH_HALF {
+            weights[i][h] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)));
+            w += LANES;
+        }
+    return w;
+}
+
+static void finish_rows(const Linear *l, Finish finish, long n, int rows, const __m512 sums[8][2], float *y)
+{
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < 2; h++) {
+            const long at = n + LANES * h;
+            __m512 out = _mm512_fmadd_ps(sums[r][h], _mm512_loadu_ps(l->scale + at), _mm512_loadu_ps(l->bias + at));
+            if (finish == ADD)
+                out = _mm512_add_ps(out, _mm512_loadu_ps(y + r * l->N + at));
+            else if (finish == GELU)
+                out = gelu(out);
+            _mm512_storeu_ps(y + r * l->N + at, out);
+        }
+}
+
 // OUTPUTS outputs of 1 to 8 rows. `rows` and `bytes` (of a weight) are constants wherever this is inlined, so that the
 // sums stay in registers.
 static inline __attribute__((always_inline)) void tile(
-    const int rows, const int bytes, long K, long N,
-    const float *x, const char *w, const float *scale, const float *bias, float *y)
+    const int rows, const int bytes, const Linear *l, Finish finish, long n, const float *x, float *y)
 {
-    __m512 sum[8][2];
+    const long K = l->K;
+    const char *w = l->w + (bytes == 2 ? l->starts[n / OUTPUTS] : n * K), *packed = w;
+    const __m512i upper = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)l->upper));
+    if (bytes == 2)
+        w += flags_size(K);
+    __m512 sum[8][2], sums[8][2];
     EACH_ROW EACH_HALF sum[r][h] = _mm512_setzero_ps();
-    for (long k = 0; k < K; k += 2, w += 2 * OUTPUTS * bytes) {
-        __m512 first[2], second[2];  // weights of k and k + 1
-        EACH_HALF {
-            if (bytes == 2) {  // a bfloat16 is the upper half of a float32; those of k and k + 1 alternate
-                _mm_prefetch(w + 64 * h + AHEAD, _MM_HINT_T1);
-                __m512i pairs = _mm512_loadu_si512(w + 64 * h);
-                first[h] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-                second[h] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
-            } else {
-                const __m128i *bytes16 = (const __m128i *)w + h;
-                if (h == 0)
-                    _mm_prefetch(w + AHEAD, _MM_HINT_T1);
-                first[h] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes16)));
-                second[h] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes16 + 2)));
-            }
-        }
-        EACH_ROW {
-            __m512 x0 = _mm512_set1_ps(x[r * K + k]), x1 = _mm512_set1_ps(x[r * K + k + 1]);
-            EACH_HALF sum[r][h] = _mm512_fmadd_ps(first[h], x0, sum[r][h]);
-            EACH_HALF sum[r][h] = _mm512_fmadd_ps(second[h], x1, sum[r][h]);
+    for (long k = 0; k < K; k += INPUTS) {
+        __m512 weights[INPUTS][2];
+        for (int line = 0; line < bytes + 1; line++)
+            _mm_prefetch(w + 64 * line + AHEAD, _MM_HINT_T1);
+        w = bytes == 2 ? read_bfloat16(w, packed[k / INPUTS], upper, weights) : read_int8(w, weights);
+        EACH_ROW _Pragma("GCC unroll 4") for (int i = 0; i < INPUTS; i++) {
+            __m512 in = _mm512_set1_ps(x[r * K + k + i]);
+            EACH_HALF sum[r][h] = _mm512_fmadd_ps(weights[i][h], in, sum[r][h]);
         }
     }
-    EACH_ROW EACH_HALF {
-        __m512 scales = _mm512_loadu_ps(scale + LANES * h), biases = _mm512_loadu_ps(bias + LANES * h);
-        _mm512_storeu_ps(y + r * N + LANES * h, _mm512_fmadd_ps(sum[r][h], scales, biases));
-    }
+    EACH_ROW EACH_HALF sums[r][h] = sum[r][h];
+    finish_rows(l, finish, n, rows, sums, y);
 }
 
-static inline __attribute__((always_inline)) void linear(
-    const int bytes, long M, long K, long N,
-    const float *x, const char *w, const float *scale, const float *bias, float *y)
+static inline __attribute__((always_inline)) void products(
+    const int bytes, const Linear *l, Finish finish, long M, const float *x, float *y)
 {
-#pragma omp parallel for schedule(static)
-    for (long n = 0; n < N; n += OUTPUTS) {
-        const char *block = w + n * K * bytes;  // stays in the cache for all rows
-        for (long m = 0; m < M;) {
-            const float *in = x + m * K;
-            float *out = y + m * N + n;
+#pragma omp for schedule(static)
+    for (long n = 0; n < l->N; n += OUTPUTS)
+        for (long m = 0; m < M;) {  // the weights stay in the cache for all rows
+            const float *in = x + m * l->K;
+            float *out = y + m * l->N;
             switch (M - m) {
-            case 1: tile(1, bytes, K, N, in, block, scale + n, bias + n, out); m += 1; break;
-            case 2: case 3: tile(2, bytes, K, N, in, block, scale + n, bias + n, out); m += 2; break;
-            case 4: case 5: case 6: case 7: tile(4, bytes, K, N, in, block, scale + n, bias + n, out); m += 4; break;
-            default: tile(8, bytes, K, N, in, block, scale + n, bias + n, out); m += 8;
+            case 1: tile(1, bytes, l, finish, n, in, out); m += 1; break;
+            case 2: case 3: tile(2, bytes, l, finish, n, in, out); m += 2; break;
+            case 4: case 5: case 6: case 7: tile(4, bytes, l, finish, n, in, out); m += 4; break;
+            default: tile(8, bytes, l, finish, n, in, out); m += 8;
             }
+        }
+}
+
+static void bfloat16_products(const Linear *l, Finish finish, long M, const float *x, float *y)
+{
+    products(2, l, finish, M, x, y);
+}
+
+static void int8_products(const Linear *l, Finish finish, long M, const float *x, float *y)
+{
+    products(1, l, finish, M, x, y);
+}
+
+// Each thread of a team calls this.
+static void multiply(const Linear *l, Finish finish, long M, const float *x, float *y)
+{
+    (l->bytes == 2 ? bfloat16_products : int8_products)(l, finish, M, x, y);
+}
+
+// A block of w (N, K), from where w points to; returns the bytes that it takes.
+static inline long pack_block(const uint16_t *w, long K, const uint8_t *upper, __m512i block[4])
+{
+    __m512i outputs = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i rows = _mm512_mullo_epi32(outputs, _mm512_set1_epi32(K)), byte = _mm512_set1_epi16(255);
+    __m512i pairs[4], lower[2], all_codes = _mm512_setzero_si512();
+    __mmask64 known = -1;
+    for (int i = 0; i < 4; i++)
+        pairs[i] = _mm512_i32gather_epi32(rows, w + i % 2 * LANES * K + i / 2 * 2, sizeof *w);
+    for (int i = 0; i < 2; i++) {
+        __m512i a = pairs[2 * i], b = pairs[2 * i + 1], codes = _mm512_setzero_si512();
+        __m512i uppers = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));  // as unpack_epi8 wants
+        __mmask64 found = 0;
+        for (int j = 0; j < 16; j++) {
+            __mmask64 here = _mm512_cmpeq_epi8_mask(uppers, _mm512_set1_epi8(upper[j]));
+            codes = _mm512_mask_mov_epi8(codes, here, _mm512_set1_epi8(j));
+            found |= here;
+        }
+        known &= found;
+        lower[i] = _mm512_packus_epi16(_mm512_and_si512(a, byte), _mm512_and_si512(b, byte));
+        all_codes = _mm512_or_si512(all_codes, _mm512_slli_epi16(codes, 4 * i));
+    }
+    const int packed = known == (__mmask64)-1;
+    block[0] = packed ? lower[0] : pairs[0];
+    block[1] = packed ? lower[1] : pairs[1];
+    block[2] = packed ? all_codes : pairs[2];
+    block[3] = pairs[3];
+    return packed ? PACKED : PLAIN;
+}
+
+// Where each tile of w (N, K) is going to begin; returns the bytes of all.
+long plan(long K, long N, const uint16_t *w, const uint8_t *upper, int64_t *starts)
+{
+#pragma omp parallel for
+    for (long n = 0; n < N; n += OUTPUTS) {
+        __m512i block[4];
+        starts[n / OUTPUTS] = flags_size(K);
+        for (long k = 0; k < K; k += INPUTS)
+            starts[n / OUTPUTS] += pack_block(w + n * K + k, K, upper, block);
+    }
+    long size = 0;
+    for (long t = 0; t < N / OUTPUTS; t++) {
+        const long of_tile = starts[t];
+        starts[t] = size;
+        size += of_tile;
+    }
+    return size;
+}
+
+void pack(long K, long N, const uint16_t *w, const uint8_t *upper, const int64_t *starts, char *out)
+{
+#pragma omp parallel for
+    for (long n = 0; n < N; n += OUTPUTS) {
+        __m512i block[4];
+        char *flags = out + starts[n / OUTPUTS], *to = flags + flags_size(K);
+        for (long k = 0; k < K; k += INPUTS) {
+            const long bytes = pack_block(w + n * K + k, K, upper, block);
+            flags[k / INPUTS] = bytes == PACKED;
+            memcpy(to, block, bytes);
+            to += bytes;
         }
     }
 }
 
-// y = x w' * scale + bias of x (M, K), w (N / 32, K / 2, 32, 2), scale and bias (N), y (M, N); 2 divides K, 32 N.
-void linear_bfloat16(
-    long M, long K, long N, const float *x, const char *w, const float *scale, const float *bias, float *y)
+void linear(const Linear *l, long M, const float *x, float *y)
 {
-    linear(2, M, K, N, x, w, scale, bias, y);
-}
-
-// The same of w (N / 32, K, 32).
-void linear_int8(
-    long M, long K, long N, const float *x, const char *w, const float *scale, const float *bias, float *y)
-{
-    linear(1, M, K, N, x, w, scale, bias, y);
+#pragma omp parallel
+    multiply(l, STORE, M, x, y);
 }
 
 static inline __m512 widen(__mmask16 lanes, const uint16_t *from)
@@ -97,38 +257,26 @@ static inline void narrow(__mmask16 lanes, uint16_t *to, __m512 x)  // to the ne
     _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
 }
 
-static inline __m512 exponential(__m512 x)  // of numbers of at most 0, to 3e-7 of the result
-{
-    static const float series[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f};
-    x = _mm512_max_ps(_mm512_set1_ps(-104), x);  // there it is 0; in this order a NaN stays
-    __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693145752f), x);  // the logarithm of 2 in two parts
-    x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(1.42860677e-6f), x);
-    __m512 sum = _mm512_setzero_ps();
-    for (int i = 0; i < 7; i++)
-        sum = _mm512_fmadd_ps(sum, x, _mm512_set1_ps(series[i]));
-    return _mm512_scalef_ps(sum, twos);
-}
-
 // Sixteen of the D numbers at a time, or what is left of them.
 #define EACH_PART \
     for (long d = 0, lanes; lanes = D - d < LANES ? (1 << (D - d)) - 1 : 0xffff, d < D; d += LANES)
 
 // Stores the key and value of a new token of each row and attends with its query to all of that row, by an online
 // softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) over 16 keys at a time.
-// q, k, v (B, H, D), rows `stride` apart; keys, values (B, H, L, D); seen (B), the tokens stored before; y (B, H, D).
-void attend(
-    long B, long H, long L, long D, long stride, float scale, const float *q, const float *k, const float *v,
-    uint16_t *keys, uint16_t *values, const int64_t *seen, float *y)
+// qkv (B, 3, H, D); keys, values (B, H, L, D); seen (B), the tokens stored before; y (B, H, D).
+static void attend(
+    long B, long H, long L, long D, float scale, const float *qkv, uint16_t *keys, uint16_t *values,
+    const int64_t *seen, float *y)
 {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp for schedule(dynamic)
     for (long i = 0; i < B * H; i++) {
-        const long row = i / H * stride + i % H * D, last = seen[i / H];
+        const float *q = qkv + i / H * 3 * H * D + i % H * D, *k = q + H * D, *v = k + H * D;
+        const long last = seen[i / H];
         uint16_t *key = keys + i * L * D, *value = values + i * L * D;
         float *out = y + i * D, largest = -INFINITY, total = 0;
         EACH_PART {
-            narrow(lanes, key + last * D + d, _mm512_maskz_loadu_ps(lanes, k + row + d));
-            narrow(lanes, value + last * D + d, _mm512_maskz_loadu_ps(lanes, v + row + d));
+            narrow(lanes, key + last * D + d, _mm512_maskz_loadu_ps(lanes, k + d));
+            narrow(lanes, value + last * D + d, _mm512_maskz_loadu_ps(lanes, v + d));
             _mm512_mask_storeu_ps(out + d, lanes, _mm512_setzero_ps());
         }
         for (long s = 0; s <= last; s += LANES, key += LANES * D, value += LANES * D) {
@@ -142,7 +290,7 @@ void attend(
             for (long j = 0; j < n; j++) {
                 __m512 sum = _mm512_setzero_ps();
                 EACH_PART {
-                    __m512 query = _mm512_maskz_loadu_ps(lanes, q + row + d);
+                    __m512 query = _mm512_maskz_loadu_ps(lanes, q + d);
                     sum = _mm512_fmadd_ps(query, widen(lanes, key + j * D + d), sum);
                 }
                 score[j] = _mm512_reduce_add_ps(sum) * scale;
@@ -166,4 +314,65 @@ void attend(
             _mm512_mask_storeu_ps(out + d, lanes, _mm512_div_ps(sum, _mm512_set1_ps(total)));
         }
     }
+}
+
+typedef struct {
+    const float *weight, *bias;
+} Norm;
+
+// y = LayerNorm(x) of x and y (M, C), which may be the same; 16 divides C.
+static void layer_norm(const Norm *norm, float epsilon, long M, long C, const float *x, float *y)
+{
+#pragma omp for schedule(static)
+    for (long m = 0; m < M; m++) {
+        const float *in = x + m * C;
+        __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+        for (long c = 0; c < C; c += LANES)
+            sum = _mm512_add_ps(sum, _mm512_loadu_ps(in + c));
+        const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / C);
+        for (long c = 0; c < C; c += LANES) {
+            __m512 difference = _mm512_sub_ps(_mm512_loadu_ps(in + c), mean);
+            squares = _mm512_fmadd_ps(difference, difference, squares);
+        }
+        const __m512 factor = _mm512_set1_ps(1 / sqrtf(_mm512_reduce_add_ps(squares) / C + epsilon));
+        for (long c = 0; c < C; c += LANES) {
+            __m512 out = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(in + c), mean), factor);
+            out = _mm512_fmadd_ps(out, _mm512_loadu_ps(norm->weight + c), _mm512_loadu_ps(norm->bias + c));
+            _mm512_storeu_ps(y + m * C + c, out);
+        }
+    }
+}
+
+typedef struct {
+    Linear attn_in, attn_out, mlp_in, mlp_out;
+    Norm ln_1, ln_2;
+    long n_head, post_norm;
+    float scale, epsilon;  // of the attention's scores; of the norms
+} Block;
+
+// model.py's Block of one new token of each row: x and y (B, C), 32 divides C and the hidden width; the rest as above.
+void block(
+    const Block *b, long B, long L, const float *x, uint16_t *keys, uint16_t *values, const int64_t *seen, float *y)
+{
+    const long C = b->attn_out.N, H = b->n_head;
+    float *normed = malloc(B * (5 * C + b->mlp_in.N) * sizeof(float));
+    float *qkv = normed + B * C, *heads = qkv + 3 * B * C, *hidden = heads + B * C;
+    memcpy(y, x, B * C * sizeof(float));
+#pragma omp parallel
+    {
+        if (!b->post_norm)
+            layer_norm(&b->ln_1, b->epsilon, B, C, y, normed);
+        multiply(&b->attn_in, STORE, B, b->post_norm ? y : normed, qkv);
+        attend(B, H, L, C / H, b->scale, qkv, keys, values, seen, heads);
+        multiply(&b->attn_out, ADD, B, heads, y);
+        if (b->post_norm)
+            layer_norm(&b->ln_1, b->epsilon, B, C, y, y);
+        else
+            layer_norm(&b->ln_2, b->epsilon, B, C, y, normed);
+        multiply(&b->mlp_in, GELU, B, b->post_norm ? y : normed, hidden);
+        multiply(&b->mlp_out, ADD, B, hidden, y);
+        if (b->post_norm)
+            layer_norm(&b->ln_2, b->epsilon, B, C, y, y);
+    }
+    free(normed);
 }

@@ -239,7 +239,10 @@ class Past:
     mask: Tensor | None  # which of the first S keys each new token attends to, (B, 1, T, S)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Store a layer's new keys and values, and attend with its queries; all are (B, n_head, T, head_dim)."""
+        """Store a layer's new keys and values, and attend with its queries; all are (B, n_head, T, head_dim).
+
+        Past the first pass the computation is in the dtype of the cache.
+        """
         T, S = k.shape[2], self.S
         kept_k, kept_v = self.k[layer, :, :, :S], self.v[layer, :, :, :S]
         if self.even:
@@ -250,15 +253,14 @@ class Past:
                 new = new.transpose(1, 2).to(kept.dtype)  # (B, T, n_head, head_dim)
                 kept.transpose(1, 2)[rows, self.positions] = new
         if S > T:
-            k, v = kept_k.to(k.dtype), kept_v.to(v.dtype)  # (B, n_head, S, head_dim)
+            k, v = kept_k, kept_v  # (B, n_head, S, head_dim)
         causal = self.mask is None and T > 1
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, is_causal=causal, scale=scale)
+        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=self.mask, is_causal=causal, scale=scale)
+        return y.to(q.dtype)
 
 
 class GPT(nn.Module):
     """The network. `GPT(config)` is freshly initialised, `GPT.from_pretrained` loads weights."""
-
-    cache_class: type[KVCache] = KVCache  # where generation keeps keys and values
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -521,9 +523,7 @@ class Generation:
         self.column = torch.tensor(self.totals, device=self.device)  # of `ids`, where a row's next token goes
         max_len = min(longest + max_new_tokens, model.config.block_size)
         dtype = model.wte.weight.dtype
-        self.cache = model.cache_class(
-            model.config, len(prompts), max_len, dtype=dtype, device=self.device, static=compile
-        )
+        self.cache = KVCache(model.config, len(prompts), max_len, dtype=dtype, device=self.device, static=compile)
         self.cached = [0] * len(prompts)  # tokens a row has in the cache
         self._fill(self.slots, [total - 1 for total in self.totals])
         self.decode = self._decode

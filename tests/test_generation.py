@@ -1,5 +1,6 @@
 """The key/value cache, the rows of a Generation and the layouts of weights for writing, against full passes."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import inference
-from inference import Int8Linear, KernelCache, KernelLinear, KernelPast, PackedLinear, kernels, prepare, round_to_int8
-from model import GPT, Generation, GPTConfig, KVCache, sample_token
+from inference import Int8Linear, KernelBlock, KernelLinear, PackedLinear, kernels, prepare, round_to_int8
+from model import GPT, Generation, GPTConfig, KVCache, Past, sample_token
 
 SMALL = GPTConfig(block_size=12, vocab_size=41, n_layer=2, n_head=2, n_embd=8, initializer_range=0.5)
 
@@ -285,7 +286,8 @@ def test_weights_laid_out_anew_give_the_same_logits(kind: type, request: pytest.
         prepare(packed)
     except (AttributeError, RuntimeError) as error:
         pytest.skip(f"this build of PyTorch cannot pack: {error}")
-    assert type(packed.h[0].mlp.c_fc) is type(packed.lm_head) is kind
+    assert type(packed.get_submodule("h.0.block.mlp.c_fc" if kind is KernelLinear else "h.0.mlp.c_fc")) is kind
+    assert type(packed.lm_head) is kind
     for shape in ((1, 1), (3, 1), (2, 32), (7, 31)):
         idx = torch.randint(300, shape)
         logits, _ = exact(idx)
@@ -341,51 +343,146 @@ def test_many_rows_go_to_amx_where_there_is_some(monkeypatch: pytest.MonkeyPatch
 @needs_kernels
 @settings(max_examples=40, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
-    n_head=st.integers(1, 3),
-    head_dim=st.sampled_from([1, 4, 15, 16, 17, 64, 80]),
-    whole=st.booleans(),
-    spread=st.sampled_from([0.1, 1.0, 30.0]),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 200),
+    kind=st.sampled_from(["normal", "wide", "any", "half zeros", "equal"]),
     seed=st.integers(0, 2**31),
 )
 @torch.no_grad()
-def test_kernel_attends_to_what_each_row_has_seen(
-    lengths: list[int], n_head: int, head_dim: int, whole: bool, spread: float, seed: int
-) -> None:
-    """Against float64; rows of different lengths, heads of any width, queries as they lie in c_attn's output or not."""
+def test_packing_changes_no_weight(rows: int, columns: int, kind: str, seed: int) -> None:
     torch.manual_seed(seed)
-    B, scale = len(lengths), head_dim**-0.5
-    config = GPTConfig(block_size=80, vocab_size=2, n_layer=2, n_head=n_head, n_embd=n_head * head_dim)
-    cache = KernelCache(config, B, 71)
+    linear = nn.Linear(columns, rows, bias=False).bfloat16()
+    weight = torch.randn(rows, columns)
+    if kind == "wide":
+        weight *= torch.exp2(torch.randint(-30, 30, weight.shape))
+    elif kind == "any":
+        weight = torch.randint(-(2**15), 2**15, weight.shape, dtype=torch.int16).view(torch.bfloat16).nan_to_num()
+    elif kind == "half zeros":
+        weight *= torch.randint(2, weight.shape)
+    elif kind == "equal":
+        weight = torch.full_like(weight, -0.25)
+    linear.weight.copy_(weight)
+    assert torch.equal(KernelLinear(linear)(torch.eye(columns)), linear.weight.float().t())
+
+
+@needs_kernels
+@torch.no_grad()
+def test_weights_of_a_network_take_about_12_bits() -> None:
+    """If distributed normally, in channels of different sizes, or if half of them are zeros."""
+    linear = nn.Linear(512, 256).bfloat16()
+    for change in (torch.ones(()), torch.logspace(-1, 1, 256)[:, None], torch.randint(2, (256, 512))):
+        linear.weight.copy_(torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02 * change)
+        assert 12 <= KernelLinear(linear).weight.numel() * 8 / linear.weight.numel() < 12.6
+
+
+@needs_kernels
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=10),
+    heads=st.sampled_from([(32, 1), (8, 4), (32, 15), (2, 16), (32, 17), (1, 64), (2, 80)]),
+    inner=st.sampled_from([None, 32, 96]),
+    gpt1=st.booleans(),
+    int8=st.booleans(),
+    spread=st.sampled_from([0.1, 1.0, 10.0]),
+    seed=st.integers(0, 2**31),
+)
+@torch.no_grad()
+def test_kernel_block_is_the_block(
+    lengths: list[int], heads: tuple[int, int], inner: int | None, gpt1: bool, int8: bool, spread: float, seed: int
+) -> None:
+    """Against float64, for rows that have seen different numbers of tokens, heads of any width."""
+    n_head, head_dim = heads
+    B, C = len(lengths), n_head * head_dim
+    config = GPTConfig(
+        block_size=80,
+        vocab_size=2,
+        n_layer=2,
+        n_head=n_head,
+        n_embd=C,
+        n_inner=None if gpt1 else inner,
+        post_norm=gpt1,
+        layer_norm_epsilon=1e-3,
+        scale_attn_by_inverse_layer_idx=not gpt1,
+        initializer_range=spread / C**0.5,
+    )
+    model = network(config, seed).bfloat16()
+    exact = copy.deepcopy(model.h[1]).double()
+    if int8:
+        for linear in (exact.attn.c_attn, exact.attn.c_proj, exact.mlp.c_fc, exact.mlp.c_proj):
+            whole, scale = round_to_int8(linear.weight)
+            linear.weight.copy_(whole * scale[:, None])
+    block = prepare(model, int8).h[1]
+    assert isinstance(block, KernelBlock)
+    cache = KVCache(config, B, 71, dtype=torch.bfloat16)
     cache.k.normal_()
     cache.v.normal_()
     cache.length, cache.extent = torch.tensor(lengths), max(lengths)
-    before = cache.k.clone()
-    q, k, v = (t.transpose(1, 2) for t in torch.randn(B, 1, 3, n_head, head_dim).mul(spread).unbind(2))
-    if whole:
-        q = q.contiguous()
-    past = cache.past(1)
-    assert isinstance(past, KernelPast)
-    y = past.attend(1, q, k, v, scale)  # (B, n_head, 1, head_dim)
+    before_k, before_v = cache.k.clone(), cache.v.clone()
+    x = torch.randn(B, 1, C)
+    y = block(x, cache.past(1))
+
+    class Reference(Past):
+        """Attends to what has been stored, if that is right."""
+
+        def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+            for stored, new, before in ((self.k, k, before_k), (self.v, v, before_v)):
+                for row, n in enumerate(lengths):
+                    torch.testing.assert_close(stored[1, row, :, n].double(), new[row, :, 0], rtol=2**-7, atol=1e-3)
+                    before[1, row, :, n] = stored[1, row, :, n]
+                assert torch.equal(stored, before), "nothing else is written to"
+            y = []
+            for row, n in enumerate(lengths):
+                keys, values = (stored[1, row, :, : n + 1].double() for stored in (self.k, self.v))
+                y.append((q[row] @ keys.transpose(1, 2) * scale).softmax(-1) @ values)
+            return torch.stack(y)
+
+    expected = exact(x.double(), Reference(**vars(cache.past(1))))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4 * max(1, spread**2))
+    assert torch.equal(block(x, cache.past(1)), y)
     for row, n in enumerate(lengths):
-        keys = torch.cat([before[1, row, :, :n], k[row].bfloat16()], dim=1).double()
-        assert torch.equal(cache.k[1, row, :, : n + 1].double(), keys)
-        values = cache.v[1, row, :, : n + 1].double()
-        assert torch.equal(values[:, n], v[row, :, 0].bfloat16().double())
-        expected = (q[row].double() @ keys.transpose(1, 2) * scale).softmax(-1) @ values
-        torch.testing.assert_close(y[row].double(), expected, rtol=1e-4, atol=1e-5 * max(1, spread**2))
-        before[1, row, :, n] = k[row, :, 0]
-    assert torch.equal(cache.k, before), "nothing else is written to"
+        alone = Past(
+            cache.k[:, row : row + 1].contiguous(),
+            cache.v[:, row : row + 1].contiguous(),
+            torch.tensor([[n]]),
+            71,
+            True,
+            None,
+        )
+        assert torch.equal(block(x[row : row + 1], alone)[0], y[row])
 
 
 @needs_kernels
 @torch.no_grad()
 def test_a_kernel_does_not_hide_what_is_no_number() -> None:
-    cache = KernelCache(SMALL, 1, 12)
-    cache.length, cache.extent = torch.tensor([3]), 3
-    q = torch.full((1, 2, 1, 4), torch.nan)
-    assert cache.past(1).attend(0, q, torch.zeros_like(q), torch.zeros_like(q), 1.0).isnan().all()
     assert KernelLinear(nn.Linear(8, 16))(torch.full((1, 8), torch.nan)).isnan().all()
+    model = prepare(network(MIDDLE).bfloat16())
+    x = torch.zeros(2, 1, 64)
+    x[0, 0, 5] = torch.nan
+    y = model.h[0](x, KVCache(MIDDLE, 2, 12, dtype=torch.bfloat16).past(1))
+    assert y[0].isnan().all() and y[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"post_norm": True}, {"n_inner": 128}, {"n_inner": 100}, {"n_embd": 36}, {"activation": "relu"}],
+    ids=str,
+)
+@torch.no_grad()
+def test_networks_laid_out_anew_write_what_exact_arithmetic_gives(change: dict[str, Any]) -> None:
+    """Whether there is a kernel for their blocks or not; in rows of different lengths, past the context."""
+    config = replace(MIDDLE, **change)
+    exact = network(config).bfloat16().double()
+    model = prepare(network(config).bfloat16())
+    generation = Generation(model, [[5, 6, 7], [8], list(range(20))], 28, seed=0)
+    written = [generation.step() for _ in range(28)]
+    for row, prompt in enumerate([[5, 6, 7], [8], list(range(20))]):
+        context = list(prompt)
+        for tokens, logprobs in written:
+            if len(context) - 1 == config.block_size:
+                context = context[len(context) - 1 - config.block_size // 2 :]
+            expected = exact(torch.tensor([context]), last_only=True)[0][0, 0].log_softmax(-1)[tokens[row]]
+            assert logprobs[row].item() == pytest.approx(expected.item(), abs=0.1)
+            context.append(int(tokens[row]))
 
 
 @needs_kernels
@@ -396,7 +493,7 @@ def test_kernels_write_each_row_as_it_would_be_alone(int8: bool) -> None:
     prompts = [[5, 6, 7], [8], list(range(30))]
     sampling = {"temperature": 0.9, "top_k": 50, "seed": 3}
     together = Generation(model, prompts, 60, **sampling)
-    assert isinstance(together.cache, KernelCache)
+    assert isinstance(model.h[0], KernelBlock)
     texts: list[list[int]] = [[] for _ in prompts]
     for step in range(60):
         if step == 20:
