@@ -420,3 +420,18 @@ def test_ctrl_c_ends_what_is_not_interactive(model: str) -> None:
     rest = session.read("")
     assert session.process.wait(timeout=10) == 130 and "Traceback" not in rest
     os.close(session.terminal)
+
+
+def test_a_reader_who_has_seen_enough_ends_it_without_a_word(model: str) -> None:
+    command = [sys.executable, SCRIPT, "--model", model, "--prompt", "c", "--max_new_tokens", "100000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    assert process.stdout.read(5) == b"cbbbb"
+    process.stdout.close()
+    assert process.wait(timeout=30) == 141
+    assert b"rror" not in process.stderr.read() and not process.stderr.close()
+
+
+def test_a_connection_that_breaks_is_an_error() -> None:
+    code = "import cli\ndef main(): raise BrokenPipeError('a connection')\ncli.run_script(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: a connection\n")
