@@ -196,9 +196,15 @@ def test_batch_that_does_not_divide_is_refused(workplace: Path) -> None:
 )
 def test_bad_input_is_one_sentence(workplace: Path, flags: list[str], expected: str) -> None:
     Path("nowhere").mkdir()
-    done = script(ROOT / "train.py", "tiny.toml", *flags, check=False)
-    assert done.returncode == 1 and expected in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not Path("out").exists()
+    with pytest.raises(ValueError, match=re.escape(expected)) as error:
+        run_tiny(*flags)
+    assert "\n" not in str(error.value) and not Path("out").exists()
+
+
+def test_bad_input_ends_the_script_with_one_line(workplace: Path) -> None:
+    done = script(ROOT / "train.py", "tiny.toml", "--data", "data/none", check=False)
+    assert done.returncode == 1 and re.fullmatch(r"error: there is no data at data/none.*\n", done.stderr)
+    assert not Path("out").exists()
 
 
 def test_damaged_shard_is_refused_before_training(workplace: Path) -> None:
