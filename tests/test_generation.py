@@ -467,15 +467,23 @@ def test_a_kernel_does_not_hide_what_is_no_number() -> None:
     [{}, {"post_norm": True}, {"n_inner": 128}, {"n_inner": 100}, {"n_embd": 36}, {"activation": "relu"}],
     ids=str,
 )
+@pytest.mark.parametrize("amx", [False, True])
 @torch.no_grad()
-def test_networks_laid_out_anew_write_what_exact_arithmetic_gives(change: dict[str, Any]) -> None:
+def test_networks_laid_out_anew_write_what_exact_arithmetic_gives(
+    change: dict[str, Any], amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whether there is a kernel for their blocks or not; in rows of different lengths, past the context."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     config = replace(MIDDLE, **change)
     exact = network(config).bfloat16().double()
-    model = prepare(network(config).bfloat16())
-    generation = Generation(model, [[5, 6, 7], [8], list(range(20))], 28, seed=0)
+    try:
+        model = prepare(network(config).bfloat16())
+    except (AttributeError, RuntimeError) as error:
+        pytest.skip(f"this build of PyTorch cannot pack: {error}")
+    prompts = [[5, 6, 7], [8], list(range(20))] + [[9]] * (6 if amx else 0)
+    generation = Generation(model, prompts, 28, seed=0)
     written = [generation.step() for _ in range(28)]
-    for row, prompt in enumerate([[5, 6, 7], [8], list(range(20))]):
+    for row, prompt in enumerate(prompts[:3]):
         context = list(prompt)
         for tokens, logprobs in written:
             if len(context) - 1 == config.block_size:
