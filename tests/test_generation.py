@@ -101,6 +101,16 @@ def test_cached_logits_are_those_of_a_full_pass(data: st.DataObject, model: GPT,
 
 
 @torch.no_grad()
+def test_cache_of_a_smaller_dtype_only_rounds() -> None:
+    model = network(SMALL).float()
+    idx = torch.arange(10)[None]
+    cache = KVCache(SMALL, 1, 10, dtype=torch.bfloat16)
+    logits = torch.cat([model(part, cache=cache)[0] for part in idx.split([4, 1, 5], dim=1)], dim=1)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model(idx)[0], rtol=0, atol=0.2)
+
+
+@torch.no_grad()
 def test_more_than_the_cache_holds_is_refused_and_changes_nothing() -> None:
     model = network(SMALL)
     ids = torch.arange(5)[None]
@@ -449,6 +459,23 @@ def test_kernel_block_is_the_block(
             None,
         )
         assert torch.equal(block(x[row : row + 1], alone)[0], y[row])
+
+
+@needs_kernels
+@torch.no_grad()
+def test_kernels_gelu_is_the_tanh_form_to_float32() -> None:
+    """What a block of weights 0 and 1 adds to an input of 0 is the activation of the second norm's bias."""
+    config = replace(MIDDLE, n_embd=512, n_inner=512)
+    model = network(config).bfloat16()
+    block, inputs = model.h[0], torch.linspace(-12, 12, 512).bfloat16()
+    for p in block.parameters():
+        p.zero_()
+    block.ln_2.bias.copy_(inputs)
+    block.mlp.c_fc.weight.copy_(torch.eye(512))
+    block.mlp.c_proj.weight.copy_(torch.eye(512))
+    y = prepare(model).h[0](torch.zeros(1, 1, 512), KVCache(config, 1, 12, dtype=torch.bfloat16).past(1))
+    expected = nn.functional.gelu(inputs.double(), approximate="tanh")
+    torch.testing.assert_close(y[0, 0].double(), expected, rtol=2e-6, atol=1e-9)
 
 
 @needs_kernels
