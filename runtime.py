@@ -110,7 +110,7 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
         yield Runtime(picked, rank, local_rank, world_size)
         if world_size > 1:
-            dist.barrier()  # one that closes its connections early would break the others' ending
+            leave_group()
     except RuntimeError as error:
         if world_size == 1 or not LOST.search(str(error)):
             raise
@@ -119,8 +119,12 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
             f"process {rank} lost the others, one ended or hangs ({reason}); under torchrun --max-restarts=N the run "
             f"goes on from its newest checkpoint by itself, else with --resume"
         ) from error
-    if world_size > 1:
-        dist.destroy_process_group()
+
+
+def leave_group() -> None:
+    """Every process calls this at its end. What a group still runs then can abort a Python that ends."""
+    dist.barrier()  # one that closes its connections early would break the others' ending
+    dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
@@ -171,6 +175,8 @@ def agree(rt: Runtime, check: Callable[[], T]) -> T:
         problems: list[str | None] = [None] * rt.world_size
         dist.all_gather_object(problems, str(problem) if problem else None)
         problem = problem or next((ValueError(text) for text in problems if text is not None), None)
+        if problem:
+            leave_group()
     if problem and not rt.is_main:
         sys.exit(1)
     if problem:

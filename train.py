@@ -84,11 +84,13 @@ class Parts:
 def train(cfg: TrainConfig) -> None:
     """One training run, in this process or in a group of processes."""
     with process_group(cfg.device, cfg.timeout) as rt:
-        train_in_group(cfg, rt)
+        stop = train_in_group(cfg, rt)
+    if stop:
+        sys.exit(128 + stop)
 
 
-def train_in_group(cfg: TrainConfig, rt: Runtime) -> None:
-    """One training run, from the data to a passage written by the trained model."""
+def train_in_group(cfg: TrainConfig, rt: Runtime) -> int:
+    """One training run, from the data to a passage written by the trained model; returns the signal that stopped it."""
     say = print if rt.is_main else lambda *_: None
     run = Path("out") / cfg.run_name
     checkpoint = from_main(rt, agree(rt, lambda: open_run(run, cfg) if rt.is_main else None))
@@ -229,15 +231,16 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> None:
             evaluation_due = due(step, cfg.eval_interval, cfg)
             checkpoint_due = due(step, cfg.checkpoint_interval, cfg)
         agree(rt, lambda: finish(log, writer) if rt.is_main else None)
-    if stop and rt.is_main:
-        print(f"stopped by {Signals(stop).name} after step {step}; --resume goes on from {writer.newest}")
     if stop:
-        sys.exit(128 + stop)
+        if rt.is_main:
+            print(f"stopped by {Signals(stop).name} after step {step}; --resume goes on from {writer.newest}")
+        return stop
     with whole_weights(model, cfg.parallel):
         if rt.is_main:
             print(f"saved {writer.newest}; a passage it writes:\n")
             write_passage(model, parts.tokenizer)
             print(f'\nmore of it: python sample.py --prompt "..." --model {writer.newest}')
+    return 0
 
 
 def due(step: int, interval: int, cfg: TrainConfig) -> bool:

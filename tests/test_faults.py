@@ -231,6 +231,18 @@ def test_one_process_at_a_time_trains_a_run(workplace: Path) -> None:
     assert lines == list(range(1, len(lines) + 1))
 
 
+@pytest.fixture
+def every_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training waits for each checkpoint: one more or less, or one later, is another test's business."""
+
+    def save(self: CheckpointWriter, *args: object, wait: bool = False) -> None:
+        whole_save(self, *args, wait=True)
+
+    whole_save = CheckpointWriter.save
+    monkeypatch.setattr(CheckpointWriter, "save", save)
+
+
+@pytest.mark.usefixtures("every_checkpoint")
 def test_full_disk_does_not_stop_the_run(
     workplace: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -247,11 +259,6 @@ def test_full_disk_does_not_stop_the_run(
             filler.unlink()
         whole(self, figures)
 
-    def save(self: CheckpointWriter, *args: object, wait: bool = False) -> None:
-        whole_save(self, *args, wait=True)  # a checkpoint more or less is another test's business
-
-    whole_save = CheckpointWriter.save
-    monkeypatch.setattr(CheckpointWriter, "save", save)
     monkeypatch.setattr(MetricsLog, "write", write)
     run_tiny(*flags, "--resume")
     errors = capsys.readouterr().err
@@ -260,6 +267,7 @@ def test_full_disk_does_not_stop_the_run(
     assert_same_run("tiny", "whole")
 
 
+@pytest.mark.usefixtures("every_checkpoint")
 def test_full_disk_at_the_end_is_an_error(workplace: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("out").mkdir()
     Path("out/tiny").symlink_to(small_disk)
