@@ -158,20 +158,13 @@ static inline __attribute__((always_inline)) void products(
         }
 }
 
-static void bfloat16_products(const Linear *l, Finish finish, long M, const float *x, float *y)
-{
-    products(2, l, finish, M, x, y);
-}
-
-static void int8_products(const Linear *l, Finish finish, long M, const float *x, float *y)
-{
-    products(1, l, finish, M, x, y);
-}
-
 // Each thread of a team calls this.
 static void multiply(const Linear *l, Finish finish, long M, const float *x, float *y)
 {
-    (l->bytes == 2 ? bfloat16_products : int8_products)(l, finish, M, x, y);
+    if (l->bytes == 2)
+        products(2, l, finish, M, x, y);
+    else
+        products(1, l, finish, M, x, y);
 }
 
 // A block of w (N, K), from where w points to; returns the bytes that it takes.
@@ -357,19 +350,17 @@ void block(
     const long C = b->attn_out.N, H = b->n_head;
     float *normed = malloc(B * (5 * C + b->mlp_in.N) * sizeof(float));
     float *qkv = normed + B * C, *heads = qkv + 3 * B * C, *hidden = heads + B * C;
+    float *in = b->post_norm ? y : normed;  // of the attention and of the MLP
     memcpy(y, x, B * C * sizeof(float));
 #pragma omp parallel
     {
         if (!b->post_norm)
-            layer_norm(&b->ln_1, b->epsilon, B, C, y, normed);
-        multiply(&b->attn_in, STORE, B, b->post_norm ? y : normed, qkv);
+            layer_norm(&b->ln_1, b->epsilon, B, C, y, in);
+        multiply(&b->attn_in, STORE, B, in, qkv);
         attend(B, H, L, C / H, b->scale, qkv, keys, values, seen, heads);
         multiply(&b->attn_out, ADD, B, heads, y);
-        if (b->post_norm)
-            layer_norm(&b->ln_1, b->epsilon, B, C, y, y);
-        else
-            layer_norm(&b->ln_2, b->epsilon, B, C, y, normed);
-        multiply(&b->mlp_in, GELU, B, b->post_norm ? y : normed, hidden);
+        layer_norm(b->post_norm ? &b->ln_1 : &b->ln_2, b->epsilon, B, C, y, in);
+        multiply(&b->mlp_in, GELU, B, in, hidden);
         multiply(&b->mlp_out, ADD, B, hidden, y);
         if (b->post_norm)
             layer_norm(&b->ln_2, b->epsilon, B, C, y, y);

@@ -150,7 +150,7 @@ class Writer:
         if self.compile is None:
             self.compile = args.max_new_tokens >= COMPILE_FROM_TOKENS[self.device.type]
         with ThreadPoolExecutor(1) as pool:
-            if self.device.type == "cpu" and (int8 or dtype == torch.bfloat16):
+            if self.device.type == "cpu" and not self.compile and (int8 or dtype == torch.bfloat16):
                 pool.submit(kernels)  # compiled while the weights are read
             model = GPT.from_pretrained(source, dtype=dtype, device=self.device)
         self.model = prepare(model, int8, self.compile)
