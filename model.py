@@ -259,12 +259,22 @@ class Past:
         return y.to(q.dtype)
 
 
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss in nats, of at least float32; logits (N, vocab_size), targets (N,), of which -1 do not count."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, ignore_index=-1)
+
+
 class GPT(nn.Module):
-    """The network. `GPT(config)` is freshly initialised, `GPT.from_pretrained` loads weights."""
+    """The network. `GPT(config)` is freshly initialised, `GPT.from_pretrained` loads weights.
+
+    Attributes:
+        cross_entropy: makes the loss of logits and targets.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.cross_entropy = cross_entropy
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -334,8 +344,7 @@ class GPT(nn.Module):
             logits = F.linear(x, self.lm_head.weight[: self.config.vocab_size])
         if targets is None:
             return logits, None
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits, F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        return logits, self.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The last block's output (B, T, n_embd) for idx (B, T)."""

@@ -28,6 +28,7 @@ from checkpoint import (
 from cli import run_script
 from config import TrainConfig, parse_config
 from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, training_batches
+from loss import lean_cross_entropy
 from metrics import MetricsLog
 from model import GPT, Generation, GPTConfig
 from optim import learning_rate_at, load_optimizer, make_optimizer, own_share
@@ -110,6 +111,8 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> int:
 
     autocast = torch.autocast(rt.device.type, parts.dtype, enabled=parts.dtype != torch.float32)
     forward = compiled(model, parts.batch_size, autocast) if cfg.compile else model
+    if rt.device.type == "cpu" and forward is model:
+        model.cross_entropy = lean_cross_entropy
     replicas = None
     if rt.world_size > 1 and cfg.parallel == "ddp":
         replicas = replicate(forward, model, parts.batch_size, autocast, getattr(torch, cfg.reduce_dtype))
