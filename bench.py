@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import functools
 import gzip
-import io
 import itertools
 import json
 import multiprocessing
@@ -162,7 +161,7 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
 
     train.MetricsLog = Log
     begin = time.perf_counter()
-    with contextlib.suppress(Measured), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.suppress(Measured), contextlib.redirect_stdout(sys.stderr):
         train.train(cfg)
     rates = [figures["tokens_per_sec"] for _, figures in lines[1:]]
     rate, device = statistics.median(rates), pick_device(cfg.device)
