@@ -169,8 +169,8 @@ class Block(nn.Module):
 class KVCache:
     """Keys and values of the tokens seen so far, in fixed buffers; `GPT.forward` reads and fills it.
 
-    Rows may have seen different numbers of tokens: after a pass over rows padded on the right, set `length`
-    to the true ones. What padding wrote lies beyond them, is never attended to, and is overwritten.
+    Rows may have seen different numbers of tokens: after a pass over rows padded on the right, `set_length` says
+    the true ones. What padding wrote lies beyond them, is never attended to, and is overwritten.
 
     Args:
         config: of the model.
@@ -183,6 +183,7 @@ class KVCache:
         k, v: (n_layer, batch_size, n_head, max_len, head_dim).
         length: tokens seen, int64 (batch_size,).
         extent: no row has seen more; known without asking the device, and kept only if not static.
+        even: all rows have seen as many; likewise.
     """
 
     def __init__(
@@ -200,6 +201,7 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.extent = 0
+        self.even = True
         self.static = static
 
     def past(self, T: int) -> "Past":
@@ -213,13 +215,18 @@ class KVCache:
             raise ValueError(f"{T} tokens after {self.extent} do not fit a cache of {max_len}")
         positions = self.length[:, None] + torch.arange(T, device=self.length.device)  # (B, T)
         S = max_len if self.static else self.extent + T
-        # Whether all rows have seen as much: worth asking where the device need not be waited for.
-        even = not self.static and self.length.device.type == "cpu" and bool((self.length == self.extent).all())
+        even = self.even and not self.static
         mask = None  # plain causal attention among the new tokens, or of one to all
         if self.static or (self.extent > 0 and not (even and T == 1)):
             keys = torch.arange(S, device=self.length.device)
             mask = (keys <= positions[..., None])[:, None]
         return Past(self.k, self.v, positions, S, even, mask)
+
+    def set_length(self, seen: list[int]) -> None:
+        """Say how many tokens each row has seen; at most as many as were passed."""
+        self.length.copy_(torch.tensor(seen))
+        if not self.static:
+            self.extent, self.even = max(seen), len(set(seen)) == 1
 
     def advance(self, T: int) -> None:
         self.length += T
@@ -249,9 +256,9 @@ class Past:
             kept_k[:, :, S - T :], kept_v[:, :, S - T :] = k, v
         else:
             rows = torch.arange(len(k), device=k.device)[:, None]
-            for kept, new in ((kept_k, k), (kept_v, v)):
-                new = new.transpose(1, 2).to(kept.dtype)  # (B, T, n_head, head_dim)
-                kept.transpose(1, 2)[rows, self.positions] = new
+            layers = torch.full_like(rows, layer)  # a tensor as well: else compiled code copies the whole cache
+            for kept, new in ((self.k, k), (self.v, v)):
+                kept[layers, rows, :, self.positions] = new.transpose(1, 2).to(kept.dtype)  # (B, T, n_head, head_dim)
         if S > T:
             k, v = kept_k, kept_v  # (B, n_head, S, head_dim)
         causal = self.mask is None and T > 1
@@ -562,13 +569,13 @@ class Generation:
         if not self.live or self.cache.static:
             return
         cache, slots = self.cache, torch.tensor(self.slots, device=self.device)
-        cache.k, cache.v, cache.length = cache.k[:, slots], cache.v[:, slots], cache.length[slots]
+        cache.k, cache.v, cache.length = cache.k[:, slots], cache.v[:, slots], cache.length[: len(slots)]
         self.ids, self.draws = self.ids[slots], self.draws[slots]
         self.rows, self.column = self.rows[: len(slots)], self.column[slots]
         self.coming = (self.coming[0][slots], self.coming[1][slots])
         self.totals = [self.totals[i] for i in self.slots]
         self.cached = [self.cached[i] for i in self.slots]
-        cache.extent = max(self.cached)
+        cache.set_length(self.cached)
         self.slots = list(range(len(self.live)))
 
     def _next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -606,11 +613,9 @@ class Generation:
             self.model.hidden(idx, fresh)
         self.cache.k[:, slots, :, :T] = fresh.k
         self.cache.v[:, slots, :, :T] = fresh.v
-        self.cache.length[slots] = torch.tensor(counts, device=self.device)
         for slot, count in zip(slots, counts):
             self.cached[slot] = count
-        if not self.cache.static:
-            self.cache.extent = max(self.cached)
+        self.cache.set_length(self.cached)
 
 
 def sample_token(

@@ -97,7 +97,7 @@ def test_cached_logits_are_those_of_a_full_pass(data: st.DataObject, model: GPT,
             expected = full[row, seen[row] : seen[row] + counts[row]]
             torch.testing.assert_close(logits[row, : counts[row]], expected, rtol=1e-9, atol=1e-9)
             seen[row] += counts[row]
-        cache.length = torch.tensor(seen)
+        cache.set_length(seen)
 
 
 @torch.no_grad()
@@ -426,7 +426,7 @@ def test_kernel_block_is_the_block(
     cache = KVCache(config, B, 71, dtype=torch.bfloat16)
     cache.k.normal_()
     cache.v.normal_()
-    cache.length, cache.extent = torch.tensor(lengths), max(lengths)
+    cache.set_length(lengths)
     before_k, before_v = cache.k.clone(), cache.v.clone()
     x = torch.randn(B, 1, C)
     y = block(x, cache.past(1))
