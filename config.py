@@ -101,7 +101,8 @@ class TrainConfig:
     parallel: Literal["ddp", "zero2", "fsdp"] = "ddp"
     """What several processes share of the model; zero2: optimizer state and gradients; fsdp: weights too."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of gradients on their way between processes; bfloat16 halves the traffic and rounds them."""
+    """Of gradients on their way between processes; bfloat16 halves the traffic and rounds them, with zero2 and fsdp at
+    every micro-step."""
     verify_data: bool = True
     """Check the SHA-256 of every shard at the start; sizes are checked always."""
     timeout: PositiveInt = 600

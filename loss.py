@@ -1,10 +1,21 @@
-"""The loss of training on a CPU: what F.cross_entropy computes, in less than half the memory."""
+"""The loss that is trained on, and on a CPU a cross-entropy that takes less than half the memory of torch's."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 CHUNK = 2**19  # logits at a time: what is made of them stays in the caches
+
+
+class Loss(nn.Module):
+    """A model's loss alone: compiled, it makes no gradient of zeros for logits that nobody reads."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return self.model(idx, targets)[1]
 
 
 def lean_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from signal import Signals
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import (
@@ -28,7 +29,7 @@ from checkpoint import (
 from cli import run_script
 from config import TrainConfig, parse_config
 from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, training_batches
-from loss import lean_cross_entropy
+from loss import Loss, lean_cross_entropy
 from metrics import MetricsLog
 from model import GPT, Generation, GPTConfig
 from optim import learning_rate_at, load_optimizer, make_optimizer, own_share
@@ -110,12 +111,7 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> int:
     )
 
     autocast = torch.autocast(rt.device.type, parts.dtype, enabled=parts.dtype != torch.float32)
-    forward = compiled(model, parts.batch_size, autocast) if cfg.compile else model
-    if rt.device.type == "cpu" and forward is model:
-        model.cross_entropy = lean_cross_entropy
-    replicas = None
-    if rt.world_size > 1 and cfg.parallel == "ddp":
-        replicas = replicate(forward, model, parts.batch_size, autocast, getattr(torch, cfg.reduce_dtype))
+    forward, replicas = ready(cfg, model, parts.batch_size, autocast, rt)
     batches = to_device(
         training_batches(
             parts.train_data,
@@ -198,7 +194,7 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> int:
                 inputs, targets = next(batches)
                 with synchronised_if(micro_step == parts.accumulation_steps - 1, model, cfg.parallel, replicas):
                     with autocast:
-                        micro_loss = (replicas or forward)(inputs, targets)[1] / parts.accumulation_steps
+                        micro_loss = (replicas or forward)(inputs, targets) / parts.accumulation_steps
                     scaler.scale(micro_loss).backward()
                 loss += micro_loss.detach()
             scaler.unscale_(optimizer)
@@ -401,7 +397,7 @@ def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | 
         if loaded != value:
             where = f"the data at {cfg.data}" if name == "vocab_size" else "the settings"
             raise ValueError(f"{source} has {name} {loaded}, {where} {value}; they must be equal")
-    return model
+    return model.train()
 
 
 def fitting_batch_size(
@@ -421,13 +417,17 @@ def fitting_batch_size(
     share = max(1, cfg.total_batch_size // (model.config.block_size * rt.world_size))
     taken = [math.inf, math.inf]
     for i, batch_size in enumerate((1, 2)):
-        torch.cuda.reset_peak_memory_stats(rt.device)
         with suppress(torch.OutOfMemoryError):
-            rehearse(model, model, batch_size, autocast).backward()
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)  # as there is from the second micro-step on
+            torch.cuda.reset_peak_memory_stats(rt.device)
+            rehearse(Loss(model), model, batch_size, autocast).backward()
             taken[i] = torch.cuda.max_memory_allocated(rt.device)
         model.zero_grad(set_to_none=True)
     moments = 0 if optimizer.state else sum(2 * own_share(p).nbytes for p in model.parameters())
-    room = 0.9 * (torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device)) - moments
+    # DDP's buckets, or the whole gradients that the others keep between micro-steps.
+    copies = 4 * sum(p.numel() for p in model.parameters()) if rt.world_size > 1 else 0
+    room = 0.9 * (torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device)) - moments - copies
     everyones = gather(torch.tensor([largest_batch(share, *taken, room)], device=rt.device), rt)
     if not everyones.min():
         raise ValueError(
@@ -466,21 +466,38 @@ def split_batch(cfg: TrainConfig, block_size: int, world_size: int) -> tuple[int
     return step_windows, batch_size, share // batch_size
 
 
-def compiled(model: GPT, batch_size: int, autocast: AbstractContextManager) -> nn.Module:
-    """The model behind torch.compile, or as it is, with a warning, where no compiler works."""
-    module = torch.compile(model)
-    try:
-        rehearse(module, model, batch_size, autocast)
-        return module
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # inductor, Triton and the C++ compiler each raise their own
-        reason = str(error).strip().splitlines()[0][:200]
-        warnings.warn(
-            f"torch.compile does not work here, going on without ({type(error).__name__}: {reason})", stacklevel=2
-        )
-        torch._dynamo.reset()
-        return model
+def ready(
+    cfg: TrainConfig, model: GPT, batch_size: int, autocast: AbstractContextManager, rt: Runtime
+) -> tuple[nn.Module, DistributedDataParallel | None]:
+    """The model's loss, compiled if that is wanted and a compiler works, and the same behind DDP where that is used.
+
+    It is compiled within DDP, which then cuts the graph so that gradients travel during the backward pass.
+    """
+
+    def behind_ddp(forward: nn.Module) -> DistributedDataParallel | None:
+        if rt.world_size == 1 or cfg.parallel != "ddp":
+            return None
+        return replicate(forward, model, batch_size, autocast, getattr(torch, cfg.reduce_dtype))
+
+    if cfg.compile:
+        try:
+            forward = torch.compile(Loss(model))
+            replicas = behind_ddp(forward)
+            if not replicas:
+                rehearse(forward, model, batch_size, autocast)
+            return forward, replicas
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # inductor, Triton and the C++ compiler each raise their own
+            reason = str(error).strip().splitlines()[0][:200]
+            warnings.warn(
+                f"torch.compile does not work here, going on without ({type(error).__name__}: {reason})", stacklevel=2
+            )
+            torch._dynamo.reset()
+    if rt.device.type == "cpu":
+        model.cross_entropy = lean_cross_entropy
+    forward = Loss(model)
+    return forward, behind_ddp(forward)
 
 
 @torch.no_grad()
@@ -506,7 +523,7 @@ def evaluate(
             if signals.signum:
                 break
             with autocast:
-                loss = forward(inputs, targets)[1]
+                loss = forward(inputs, targets)
             count = (targets >= 0).sum()
             sums.append(torch.stack([loss * count, count]))
     forward.train()
