@@ -43,12 +43,12 @@ def replicate(
     DDP groups the gradients anew after its first backward pass, and with that adds them up in another order. So
     the first is made here, for nothing: a run that is resumed then adds up in the order of one that goes on.
     """
-    parallel = DistributedDataParallel(forward)
+    parallel = DistributedDataParallel(forward, gradient_as_bucket_view=True)  # gradients once, not twice
     if reduce_dtype == torch.bfloat16:
         # Behind a function of another name: DDP takes the bare one for NCCL only, though Gloo can do it as well.
         parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
     rehearse(parallel, model, batch_size, autocast).backward()
-    model.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=False)
     return parallel
 
 

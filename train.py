@@ -207,7 +207,7 @@ def train_in_group(cfg: TrainConfig, rt: Runtime) -> int:
             if rt.device.type != "mps" or not bad:
                 optimizer.step()
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=not replicas)  # DDP's are where it sends them from
 
             step += 1
             bad_steps, bad_streak = bad_steps + bad, (bad_streak + 1) * bad
@@ -425,8 +425,9 @@ def fitting_batch_size(
             taken[i] = torch.cuda.max_memory_allocated(rt.device)
         model.zero_grad(set_to_none=True)
     moments = 0 if optimizer.state else sum(2 * own_share(p).nbytes for p in model.parameters())
-    # DDP's buckets, or the whole gradients that the others keep between micro-steps.
-    copies = 4 * sum(p.numel() for p in model.parameters()) if rt.world_size > 1 else 0
+    # Where the model is shared out, whole gradients are kept between micro-steps.
+    whole = rt.world_size > 1 and cfg.parallel != "ddp"
+    copies = 4 * sum(p.numel() for p in model.parameters()) if whole else 0
     room = 0.9 * (torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device)) - moments - copies
     everyones = gather(torch.tensor([largest_batch(share, *taken, room)], device=rt.device), rt)
     if not everyones.min():

@@ -1,5 +1,10 @@
-"""The lean cross-entropy of training on a CPU, against torch's own in float64."""
+"""The lean cross-entropy of training on a CPU, against torch's own in float64; what is compiled for training."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +12,11 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import loss
+from config import TrainConfig
 from loss import lean_cross_entropy
 from model import GPT, GPTConfig
+from runtime import Runtime, to_device
+from train import ready
 
 
 @settings(deadline=None)
@@ -66,3 +74,24 @@ def test_the_model_trains_as_with_torchs_loss_and_its_logits_stay():
         gradients.append([p.grad.clone() for p in model.parameters()])
     for torchs, ours in zip(*gradients):
         torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-6)
+
+
+def test_training_goes_on_with_what_was_compiled_at_its_start(monkeypatch: pytest.MonkeyPatch):
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    device = torch.device("cpu")
+    model = GPT(GPTConfig(block_size=16, vocab_size=97, n_layer=1, n_head=2, n_embd=32))
+    forward, replicas = ready(TrainConfig(), model, 2, nullcontext(), Runtime(device))
+    assert replicas is None
+    (graph,) = graphs
+    assert len(graph.graph.output_node().args[0]) == 1  # the loss: logits would have a gradient
+    batches = iter([np.random.default_rng(0).integers(97, size=(2, 17))])
+    for inputs, targets in to_device(batches, device):
+        value = forward(inputs, targets)
+        assert value.item() == model(inputs, targets)[1].item()
+    assert len(graphs) == 1
