@@ -35,20 +35,16 @@ def shard(model: GPT, kind: str, reduce_dtype: torch.dtype) -> None:
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # the logits; nobody writes to them
 
 
-def replicate(
-    forward: nn.Module, model: GPT, batch_size: int, autocast: AbstractContextManager, reduce_dtype: torch.dtype
-) -> DistributedDataParallel:
-    """The model with its gradients averaged over the processes.
+def replicate(forward: nn.Module, reduce_dtype: torch.dtype) -> DistributedDataParallel:
+    """The model with its gradients averaged over the processes; to begin with, a backward pass for nothing.
 
-    DDP groups the gradients anew after its first backward pass, and with that adds them up in another order. So
-    the first is made here, for nothing: a run that is resumed then adds up in the order of one that goes on.
+    DDP groups the gradients anew after its first one, and with that adds them up in another order. A run that is
+    resumed is to add up in the order of one that goes on.
     """
     parallel = DistributedDataParallel(forward, gradient_as_bucket_view=True)  # gradients once, not twice
     if reduce_dtype == torch.bfloat16:
         # Behind a function of another name: DDP takes the bare one for NCCL only, though Gloo can do it as well.
         parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
-    rehearse(parallel, model, batch_size, autocast).backward()
-    model.zero_grad(set_to_none=False)
     return parallel
 
 

@@ -472,33 +472,37 @@ def ready(
 ) -> tuple[nn.Module, DistributedDataParallel | None]:
     """The model's loss, compiled if that is wanted and a compiler works, and the same behind DDP where that is used.
 
-    It is compiled within DDP, which then cuts the graph so that gradients travel during the backward pass.
+    It is compiled within DDP, which then cuts the graph so that gradients travel during the backward pass, and in
+    every process or in none.
     """
 
     def behind_ddp(forward: nn.Module) -> DistributedDataParallel | None:
-        if rt.world_size == 1 or cfg.parallel != "ddp":
-            return None
-        return replicate(forward, model, batch_size, autocast, getattr(torch, cfg.reduce_dtype))
+        ddp = rt.world_size > 1 and cfg.parallel == "ddp"
+        return replicate(forward, getattr(torch, cfg.reduce_dtype)) if ddp else None
 
+    problem, replicas, loss = "", None, None
     if cfg.compile:
+        forward = torch.compile(Loss(model))
         try:
-            forward = torch.compile(Loss(model))
             replicas = behind_ddp(forward)
-            if not replicas:
-                rehearse(forward, model, batch_size, autocast)
-            return forward, replicas
+            loss = rehearse(replicas or forward, model, batch_size, autocast)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # inductor, Triton and the C++ compiler each raise their own
-            reason = str(error).strip().splitlines()[0][:200]
-            warnings.warn(
-                f"torch.compile does not work here, going on without ({type(error).__name__}: {reason})", stacklevel=2
-            )
+            problem = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            warnings.warn(f"torch.compile does not work here, going on without ({problem})", stacklevel=2)
             torch._dynamo.reset()
-    if rt.device.type == "cpu":
-        model.cross_entropy = lean_cross_entropy
-    forward = Loss(model)
-    return forward, behind_ddp(forward)
+    if not cfg.compile or gather(torch.tensor([float(bool(problem))], device=rt.device), rt).any():
+        replicas = loss = None  # a second one beside the first would add up the gradients twice
+        if rt.device.type == "cpu":
+            model.cross_entropy = lean_cross_entropy
+        forward = Loss(model)
+        replicas = behind_ddp(forward)
+        loss = replicas and rehearse(replicas, model, batch_size, autocast)
+    if replicas:  # the backward pass for nothing
+        loss.backward()
+        model.zero_grad(set_to_none=False)
+    return forward, replicas
 
 
 @torch.no_grad()
