@@ -36,10 +36,10 @@ def shard(model: GPT, kind: str, reduce_dtype: torch.dtype) -> None:
 
 
 def replicate(forward: nn.Module, reduce_dtype: torch.dtype) -> DistributedDataParallel:
-    """The model with its gradients averaged over the processes; to begin with, a backward pass for nothing.
+    """The model with its gradients averaged over the processes.
 
-    DDP groups the gradients anew after its first one, and with that adds them up in another order. A run that is
-    resumed is to add up in the order of one that goes on.
+    DDP groups the gradients anew after its first backward pass, and with that adds them up in another order. So the
+    caller makes the first for nothing: a run that is resumed then adds up in the order of one that goes on.
     """
     parallel = DistributedDataParallel(forward, gradient_as_bucket_view=True)  # gradients once, not twice
     if reduce_dtype == torch.bfloat16:

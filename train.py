@@ -499,7 +499,7 @@ def ready(
         forward = Loss(model)
         replicas = behind_ddp(forward)
         loss = replicas and rehearse(replicas, model, batch_size, autocast)
-    if replicas:  # the backward pass for nothing
+    if replicas:  # the backward pass that `replicate` asks for
         loss.backward()
         model.zero_grad(set_to_none=False)
     return forward, replicas
