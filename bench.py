@@ -26,7 +26,7 @@ import tiktoken
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from cli import above_zero, run_script
+from cli import UserError, count, run_script
 from config import TrainConfig, parse_config
 from dataset import TokenDataset, read_meta, training_batches, write_shards
 from inference import prepare
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
         metavar="KEY=VALUE,VALUE",
         help="settings of train.py; of several values each is measured: batch_size=4,8 optimizer=adamw,muon",
     )
-    train.add_argument("--steps", type=above_zero, default=10, help="measured, after a fifth as many (default: 10)")
+    train.add_argument("--steps", type=count, default=10, help="measured, after a fifth as many (default: 10)")
     train.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of the first setting, for Perfetto")
     for name in OTHERS:
         train.add_argument(
@@ -60,18 +60,18 @@ def parse_args() -> argparse.Namespace:
     train.set_defaults(run=bench_train)
     sample = commands.add_parser("sample", help="tokens per second of writing text, beside transformers' generate")
     sample.add_argument("--model", choices=SIZES, default="124m", help="size, with random weights (default: 124m)")
-    sample.add_argument("--batch_sizes", type=above_zero, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
-    sample.add_argument("--prompt_tokens", type=above_zero, default=32, help="(default: 32)")
-    sample.add_argument("--new_tokens", type=above_zero, default=128, help="a round (default: 128)")
-    sample.add_argument("--rounds", type=above_zero, default=3, help="medians of so many (default: 3)")
+    sample.add_argument("--batch_sizes", type=count, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
+    sample.add_argument("--prompt_tokens", type=count, default=32, help="(default: 32)")
+    sample.add_argument("--new_tokens", type=count, default=128, help="a round (default: 128)")
+    sample.add_argument("--rounds", type=count, default=3, help="medians of so many (default: 3)")
     sample.add_argument("--dtypes", nargs="+", default=["auto"], help="ours: auto, float32, bfloat16, float16, int8")
     sample.add_argument("--device", default="auto")
     sample.add_argument("--compile", action="store_true", help="ours: compiled steps")
     sample.set_defaults(run=bench_sample)
     data = commands.add_parser("data", help="tokens per second of preparing data, beside tiktoken, and of reading it")
-    data.add_argument("--megabytes", type=above_zero, default=120, help="text to prepare (default: 120)")
-    data.add_argument("--workers", type=above_zero, nargs="+", default=[1, 2], help="(default: 1 2)")
-    data.add_argument("--shards", type=above_zero, default=100, help="to read, of 100M tokens each (default: 100)")
+    data.add_argument("--megabytes", type=count, default=120, help="text to prepare (default: 120)")
+    data.add_argument("--workers", type=count, nargs="+", default=[1, 2], help="(default: 1 2)")
+    data.add_argument("--shards", type=count, default=100, help="to read, of 100M tokens each (default: 100)")
     data.set_defaults(run=bench_data)
     return parser.parse_args()
 
@@ -101,7 +101,7 @@ def bench_train(args: argparse.Namespace) -> None:
         for values in variants
     ]
     if configs[0].batch_size == "auto" and any(getattr(args, name) for name in OTHERS):
-        raise ValueError("beside another program the first batch_size must be a number")
+        raise UserError("beside another program the first batch_size must be a number")
     rows: list[tuple[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -227,7 +227,7 @@ def time_build_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainCon
     for name, value in values.items():
         source, n = re.subn(rf"^{name} = .*", f"{name} = {value}", source, flags=re.MULTILINE)
         if n != 1:
-            raise ValueError(f"train_gpt2.py in {clone} sets {name} {n} times, not once; is it build-nanogpt's?")
+            raise UserError(f"train_gpt2.py in {clone} sets {name} {n} times, not once; is it build-nanogpt's?")
     (folder / "train_gpt2.py").write_text(source, encoding="utf-8")
     return median_printed(r"tok/sec: ([\d.]+)", ["train_gpt2.py"], folder, cfg)
 
@@ -239,12 +239,12 @@ def median_printed(pattern: str, command: list[str], folder: Path, cfg: TrainCon
     """The median of the numbers that a program prints, one a step, once it has warmed up.
 
     Raises:
-        ValueError: it ends badly.
+        UserError: it ends badly.
     """
     done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
     printed = [float(number) for number in re.findall(pattern, done.stdout, re.MULTILINE)]
     if done.returncode or len(printed) <= cfg.log_interval:
-        raise ValueError(f"{command[0]} in {folder.name} ended badly: {done.stderr.strip().splitlines()[-1:]}")
+        raise UserError(f"{command[0]} in {folder.name} ended badly: {done.stderr.strip().splitlines()[-1:]}")
     return statistics.median(printed[cfg.log_interval :])
 
 

@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils import serialization
 from tqdm import tqdm
 
+from cli import UserError
 from dataset import file_sha256
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, ModelError
 from tokenizer import Tokenizer
 
 STATE_FILE = "trainer_state.pt"
@@ -53,17 +54,29 @@ def find_model(name: str | None) -> str | Path:
     """What a script's MODEL stands for: a run's folder for its newest checkpoint, nothing for the newest run's.
 
     Raises:
-        ValueError: there is no such checkpoint.
+        UserError: there is no such checkpoint.
     """
     runs = [Path(name)] if name else list(Path("out").glob("*"))
     if name and not (runs[0] / "checkpoints").is_dir():
         return name  # a model's folder, or its name on the Hugging Face hub
     newest = [paths[-1] for run in runs if (paths := checkpoints(run))]
     if name and not newest:
-        raise ValueError(f"{name} has no complete checkpoint yet")
+        raise UserError(f"{name} has no complete checkpoint yet")
     if not newest:
-        raise ValueError("there is no trained model under out/; run python train.py, or name a model")
+        raise UserError("there is no trained model under out/; run python train.py, or name a model")
     return max(newest, key=lambda path: path.stat().st_mtime)
+
+
+def load_model(source: str | Path, **options: Any) -> GPT:
+    """GPT.from_pretrained(source, **options), for a source that the user named.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        return GPT.from_pretrained(source, **options)
+    except ModelError as error:
+        raise UserError(str(error)) from error
 
 
 def newest_sound_checkpoint(run: Path, before: int | None = None) -> Path | None:
@@ -73,7 +86,7 @@ def newest_sound_checkpoint(run: Path, before: int | None = None) -> Path | None
         before: the step from which on they do not count.
 
     Raises:
-        ValueError: there are checkpoints, and all are damaged.
+        UserError: there are checkpoints, and all are damaged.
     """
     found = [path for path in checkpoints(run) if before is None or step_of(path) < before]
     for path in reversed(found):
@@ -82,7 +95,7 @@ def newest_sound_checkpoint(run: Path, before: int | None = None) -> Path | None
             return path
         warn(f"{path} is damaged ({problem}); looking for the one before")
     if found:
-        raise ValueError(f"every checkpoint of {run} is damaged; begin again with another --run_name")
+        raise UserError(f"every checkpoint of {run} is damaged; begin again with another --run_name")
     return None
 
 
@@ -107,19 +120,19 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """What `CheckpointWriter.save` was given as `state`. Tensors are on the CPU.
 
     Raises:
-        ValueError: the file is damaged or holds anything but tensors and plain values.
+        UserError: the file is damaged or holds anything but tensors and plain values.
     """
     path = checkpoint / STATE_FILE
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds on a damaged file
-        raise ValueError(f"{path} cannot be read; delete {checkpoint} to use the one before") from error
+        raise UserError(f"{path} cannot be read; delete {checkpoint} to use the one before") from error
     parts = {"progress": "step", "settings": "seed", "optimizer": "param_groups"}  # and what each holds at least
     if not isinstance(state, dict) or not (
         STATE_KEYS <= state.keys()
         and all(isinstance(state[part], dict) and key in state[part] for part, key in parts.items())
     ):
-        raise ValueError(f"{path} is not the state of a run; delete {checkpoint} to use the one before")
+        raise UserError(f"{path} is not the state of a run; delete {checkpoint} to use the one before")
     return state
 
 
@@ -158,7 +171,7 @@ class CheckpointWriter(AbstractContextManager):
         before: called in the thread before a checkpoint takes its place; what it raises, fails the write.
 
     Raises:
-        ValueError: another process writes the run.
+        UserError: another process writes the run.
     """
 
     def __init__(self, run: Path, tokenizer: Tokenizer, keep: int, newest: Path | None):
@@ -169,7 +182,7 @@ class CheckpointWriter(AbstractContextManager):
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"another process is training {run}; end that one first") from error
+            raise UserError(f"another process is training {run}; end that one first") from error
         except OSError:
             pass  # a file system without locks
         self.lock.truncate(0)
@@ -227,11 +240,11 @@ class CheckpointWriter(AbstractContextManager):
         """Wait for the last write.
 
         Raises:
-            OSError: it failed.
+            UserError: it failed.
         """
         self.wait()
         if self.error:
-            raise OSError(f"the last checkpoint, of step {self.writing_step}, could not be written: {self.error}")
+            raise UserError(f"the last checkpoint, of step {self.writing_step}, could not be written: {self.error}")
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         final = self.folder / f"step_{step:08d}"

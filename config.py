@@ -15,7 +15,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, set_parsing_settings
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from cli import nearest
+from cli import UserError, nearest
 
 DEFAULT_CONFIG = Path(__file__).with_name("configs") / "shakespeare.toml"
 
@@ -113,19 +113,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
             if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, not {value}")
+                raise UserError(f"{name} must be a finite number, not {value}")
         if huge := [
             name for name, value in dataclasses.asdict(self).items() if isinstance(value, int) and value > 2**53
         ]:
-            raise ValueError(f"{' and '.join(huge)} must be at most 2**53")
+            raise UserError(f"{' and '.join(huge)} must be at most 2**53")
         if self.dropout == 1 or self.beta1 == 1 or self.beta2 == 1:
-            raise ValueError("dropout, beta1 and beta2 must be below 1")
+            raise UserError("dropout, beta1 and beta2 must be below 1")
         if Path(self.run_name).name != self.run_name or self.run_name in ("", ".", ".."):
-            raise ValueError(f"run_name {self.run_name!r} must be a plain folder name")
+            raise UserError(f"run_name {self.run_name!r} must be a plain folder name")
         if self.warmup_steps > self.max_steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
+            raise UserError(f"warmup_steps {self.warmup_steps} is more than max_steps {self.max_steps}")
         if self.min_learning_rate > self.learning_rate:
-            raise ValueError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
+            raise UserError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
 
     def plain(self) -> dict[str, Any]:
         """The settings as plain values; jsonargparse gives its own kinds of number."""
@@ -144,7 +144,7 @@ class TrainConfig:
         changed = [name for name in now if name in before and before[name] != now[name]]
         if fixed := [name for name in changed if name not in CHANGEABLE]:
             was, is_now = (", ".join(f"{name} {values[name]!r}" for name in fixed) for values in (before, now))
-            raise ValueError(
+            raise UserError(
                 f"{run} was made with {was}; now it is {is_now}, which would be another run: resume with what it had "
                 f"({run / 'config.toml'}), or begin one with --run_name NAME"
             )
@@ -187,17 +187,17 @@ def parse_config(argv: list[str]) -> TrainConfig:
     try:
         if not Path(file).is_file():
             recipes = [path.name for path in DEFAULT_CONFIG.parent.glob("*.toml")]
-            raise ValueError(f"there is no config file {file}{nearest(Path(file).name, recipes)}")
+            raise UserError(f"there is no config file {file}{nearest(Path(file).name, recipes)}")
         if Path(file).stat().st_size > 2**16:
-            raise ValueError(f"{file} is too long for a config file")
+            raise UserError(f"{file} is too long for a config file")
         try:
             in_file = tomllib.loads(Path(file).read_text(encoding="utf-8"))
         except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{file} is not valid TOML: {error}") from error
+            raise UserError(f"{file} is not valid TOML: {error}") from error
         if "config" in in_file or any(flag.partition("=")[0] == "--config" for flag in flags):
-            raise ValueError("there is no setting config; name the config file first, without a flag")
+            raise UserError("there is no setting config; name the config file first, without a flag")
         if any(len(str(value)) > 4096 for value in [*flags, *in_file.values()]):
-            raise ValueError("a value of more than 4096 characters is no setting")  # brackets could crash the parser
+            raise UserError("a value of more than 4096 characters is no setting")  # brackets could crash the parser
         values = parser.parse_args(["--config", file, *flags])
         del values["config"]
         return TrainConfig(**values)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cli import UserError
+
 HEADER_INTS = 256
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, ids)
 SHARD_TOKENS = 100_000_000
@@ -27,7 +29,7 @@ class ShardWriter:
         n_tokens: how many of earlier tokens in the folder to keep and to go on from; what is beyond is cut off.
 
     Raises:
-        ValueError: the folder does not hold so many.
+        UserError: the folder does not hold so many.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class ShardWriter:
         for first in range(0, n_tokens, shard_tokens):
             path, n_needed = self._path(first // shard_tokens), min(shard_tokens, n_tokens - first)
             if not path.is_file() or path.stat().st_size < self._bytes(n_needed):
-                raise ValueError(f"{path} does not hold the {n_needed} tokens that it should")
+                raise UserError(f"{path} does not hold the {n_needed} tokens that it should")
         for path in directory.glob(f"{split}_*.bin"):
             if path >= self._path(-(-n_tokens // shard_tokens)):
                 path.unlink()
@@ -120,11 +122,11 @@ def read_meta(directory: str | Path) -> dict:
     """The meta.json of a data folder.
 
     Raises:
-        ValueError: the folder or the file is missing or is not one of ours.
+        UserError: the folder or the file is missing or is not one of ours.
     """
     path = Path(directory) / "meta.json"
     if not path.is_file():
-        raise ValueError(f"there is no data at {directory} ({path.name} is missing); make it with prepare_data.py")
+        raise UserError(f"there is no data at {directory} ({path.name} is missing); make it with prepare_data.py")
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         entries = [*meta["shards"]["train"], *meta["shards"]["val"]]
@@ -136,7 +138,7 @@ def read_meta(directory: str | Path) -> dict:
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
-        raise ValueError(f"{path} is not a description of token shards; make the data again with prepare_data.py")
+        raise UserError(f"{path} is not a description of token shards; make the data again with prepare_data.py")
     return meta
 
 
@@ -159,22 +161,22 @@ def open_shard(path: Path, tokens: int | None = None, sha256: str | None = None)
         sha256: the sum that the whole file must have, if it is to be checked.
 
     Raises:
-        ValueError: a missing, foreign, truncated or altered file, by name.
+        UserError: a missing, foreign, truncated or altered file, by name.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing; make the data again with prepare_data.py")
+        raise UserError(f"{path} is missing; make the data again with prepare_data.py")
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     if len(header) < HEADER_INTS or FORMATS.get(int(header[0]), (None,))[0] != header[1]:
-        raise ValueError(f"{path} is not a token shard (its header is not that of llm.c's layout)")
+        raise UserError(f"{path} is not a token shard (its header is not that of llm.c's layout)")
     dtype, n_tokens = FORMATS[int(header[0])][1], int(header[2])
     size = path.stat().st_size
     if size != 4 * HEADER_INTS + n_tokens * dtype.itemsize:
-        raise ValueError(f"{path} is truncated or too long: {size} bytes, with {n_tokens} tokens in its header")
+        raise UserError(f"{path} is truncated or too long: {size} bytes, with {n_tokens} tokens in its header")
     if tokens is not None and n_tokens != tokens:
-        raise ValueError(f"{path} holds {n_tokens} tokens, meta.json says {tokens}; make the data again")
+        raise UserError(f"{path} holds {n_tokens} tokens, meta.json says {tokens}; make the data again")
     if sha256 is not None:
         if file_sha256(path) != sha256:
-            raise ValueError(f"{path} was altered since it was made (its SHA-256 is not that of meta.json)")
+            raise UserError(f"{path} was altered since it was made (its SHA-256 is not that of meta.json)")
     if n_tokens == 0:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r", offset=4 * HEADER_INTS, shape=(n_tokens,))
@@ -187,7 +189,7 @@ class TokenDataset:
     left out of training; `tail` gives them to evaluation.
 
     Raises:
-        ValueError: a bad shard, an id outside the vocabulary, or fewer tokens than one window.
+        UserError: a bad shard, an id outside the vocabulary, or fewer tokens than one window.
     """
 
     def __init__(self, directory: str | Path, split: str, block_size: int, verify: bool = True):
@@ -205,7 +207,7 @@ class TokenDataset:
         counts = [max(0, (length - 1) // block_size) for length in self.lengths]
         self.starts = np.cumsum([0, *counts])
         if len(self) == 0:
-            raise ValueError(
+            raise UserError(
                 f"the {split} split of {directory} has {sum(self.lengths)} tokens, fewer than one window of "
                 f"block_size + 1 = {block_size + 1}; use a smaller block_size or more text"
             )
@@ -233,12 +235,12 @@ class TokenDataset:
             ids = np.frombuffer(file.read(n_tokens * dtype.itemsize), dtype).astype(np.int64)
         self._check_ids(self.paths[s], ids)  # a device would fail on a wrong one without saying where
         if len(ids) < n_tokens:
-            raise ValueError(f"{self.paths[s]} has become shorter since the start")
+            raise UserError(f"{self.paths[s]} has become shorter since the start")
         return ids
 
     def _check_ids(self, path: Path, ids: np.ndarray) -> None:
         if len(ids) and ids.max() >= self.vocab_size:
-            raise ValueError(f"{path} holds the id {ids.max()}, outside the vocabulary of {self.vocab_size}")
+            raise UserError(f"{path} holds the id {ids.max()}, outside the vocabulary of {self.vocab_size}")
 
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:

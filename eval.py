@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import find_model
-from cli import above_zero, run_script
+from checkpoint import find_model, load_model
+from cli import UserError, count, run_script
 from dataset import open_shard, read_meta
 from model import GPT
 from runtime import Runtime, agree, describe, pick_dtype, process_group
@@ -55,14 +55,14 @@ def parse_args() -> argparse.Namespace:
         metavar="PATH",
         help="score this instead of the set on the hub, in its format (.jsonl, .parquet); for loss, shards or a text",
     )
-    parser.add_argument("--limit", type=above_zero, metavar="N", help="score N examples, evenly spread (default: all)")
+    parser.add_argument("--limit", type=count, metavar="N", help="score N examples, evenly spread (default: all)")
     parser.add_argument(
         "--stride",
-        type=above_zero,
+        type=count,
         metavar="TOKENS",
         help="between windows, of loss and wikitext (default: context)",
     )
-    parser.add_argument("--batch_size", type=above_zero, default=16, help="rows of a pass (default: 16)")
+    parser.add_argument("--batch_size", type=count, default=16, help="rows of a pass (default: 16)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     parser.add_argument(
@@ -87,13 +87,13 @@ def loss(path: Path, tokenizer: Tokenizer, block_size: int, stride: int) -> list
     if path.is_dir():
         meta = read_meta(path)
         if meta["tokenizer"] != tokenizer.name and meta["vocab_size"] != tokenizer.n_vocab:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds tokens of {meta['tokenizer']}, this model reads {tokenizer.name}; name a text file"
             )
         entries = meta["shards"]["val"]
         ids = np.concatenate([open_shard(path / e["file"], e["tokens"], e["sha256"]) for e in entries])
         if ids.max(initial=0) >= tokenizer.n_vocab:
-            raise ValueError(f"{path} holds the id {ids.max()}, outside the vocabulary of {tokenizer.n_vocab}")
+            raise UserError(f"{path} holds the id {ids.max()}, outside the vocabulary of {tokenizer.n_vocab}")
         lengths = [0 if i == tokenizer.eot else len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)]
         n_bytes = int(np.array(lengths)[ids].sum())
     else:
@@ -101,7 +101,7 @@ def loss(path: Path, tokenizer: Tokenizer, block_size: int, stride: int) -> list
         ids = [] if tokenizer.eot is None else [tokenizer.eot]
         ids, n_bytes = ids + tokenizer.encode(text), len(text.encode())
     if len(ids) < 2:
-        raise ValueError(f"{path} holds no text")
+        raise UserError(f"{path} holds no text")
     return sliding(ids, block_size + 1, stride, {"loss": None, "perplexity": None, "bits_per_byte": n_bytes})
 
 
@@ -110,16 +110,16 @@ def evaluate(args: argparse.Namespace, rt: Runtime) -> None:
 
     def load() -> tuple[GPT, dict[str, list[Example]]]:
         if args.output and args.output.exists():
-            raise ValueError(f"{args.output} exists already; remove it or name another file")
+            raise UserError(f"{args.output} exists already; remove it or name another file")
         rows = {task: read_rows(task, args.data) for task in args.tasks if task != "loss"}
-        model = GPT.from_pretrained(source, dtype=torch.float32, device=rt.device).eval()
+        model = load_model(source, dtype=torch.float32, device=rt.device).eval()
         tokenizer = load_tokenizer(source)
         if tokenizer.n_vocab > model.config.vocab_size:
-            raise ValueError(f"{source} has {model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
+            raise UserError(f"{source} has {model.config.vocab_size} tokens, its tokenizer {tokenizer.n_vocab}")
         block_size = model.config.block_size
         stride = args.stride or block_size
         if stride > block_size:
-            raise ValueError(f"--stride {stride} is beyond the model's context of {block_size} tokens")
+            raise UserError(f"--stride {stride} is beyond the model's context of {block_size} tokens")
         examples = {}
         for task in args.tasks:
             if task == "loss":

@@ -10,6 +10,8 @@ from threading import Lock
 
 from tqdm import tqdm
 
+from cli import UserError
+
 
 class MetricsLog:
     """Append figures to `<run>/metrics.jsonl`, and to TensorBoard event files if it is installed.
@@ -22,7 +24,7 @@ class MetricsLog:
         wandb_project: the project to send to; "": nowhere.
 
     Raises:
-        ValueError: a line that is to be kept is not one of ours.
+        UserError: a line that is to be kept is not one of ours.
     """
 
     def __init__(self, run: Path, settings: dict, step: int, evaluation_due: bool = False, wandb_project: str = ""):
@@ -97,7 +99,7 @@ def _kept_bytes(path: Path, step: int, evaluation_due: bool) -> int:
         if late or figures["step"] < newest:
             first_cut = first_cut or number
         elif first_cut:
-            raise ValueError(f"{path}, line {first_cut}, is damaged or out of order; mend it, or move the file away")
+            raise UserError(f"{path}, line {first_cut}, is damaged or out of order; mend it, or move the file away")
         else:
             kept, newest = position, figures["step"]
     return kept

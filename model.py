@@ -42,6 +42,10 @@ GPT1_VALUES = {
 }
 
 
+class ModelError(ValueError):
+    """A config or checkpoint that this network cannot represent, or that is damaged."""
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a network. The defaults are GPT-2 124M."""
@@ -68,26 +72,26 @@ class GPTConfig:
             value, kind = getattr(self, field.name), field.type
             right = isinstance(value, (int, float) if kind is float else kind)
             if not right or (isinstance(value, bool) and kind is not bool):
-                raise ValueError(f"{field.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
+                raise ModelError(f"{field.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "vocab_multiple"):
             if not 1 <= getattr(self, name) < 2**31:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2**31")
+                raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 1 and below 2**31")
         if self.n_layer > 10_000:  # such as a damaged file may name; building them would take all memory
-            raise ValueError(f"n_layer is {self.n_layer}; it must be at most 10,000")
+            raise ModelError(f"n_layer is {self.n_layer}; it must be at most 10,000")
         if self.n_inner is not None and not 1 <= self.n_inner < 2**31:
-            raise ValueError(f"n_inner is {self.n_inner}; it must be at least 1 and below 2**31")
+            raise ModelError(f"n_inner is {self.n_inner}; it must be at least 1 and below 2**31")
         for name in ("layer_norm_epsilon", "initializer_range"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+                raise ModelError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+            raise ModelError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+            raise ModelError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+            raise ModelError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         for name, values in GPT1_VALUES.items():
             if self.post_norm and getattr(self, name) not in values:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; with post_norm it must be one of {values}")
+                raise ModelError(f"{name} is {getattr(self, name)!r}; with post_norm it must be one of {values}")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -208,7 +212,7 @@ class KVCache:
         """What a pass over T more tokens of each row needs.
 
         Raises:
-            ValueError: they do not fit.
+            ModelError: they do not fit.
         """
         max_len = self.k.shape[3]
         if self.extent + T > max_len:
@@ -397,15 +401,15 @@ class GPT(nn.Module):
             overrides: fields of GPTConfig that weights do not fix: dropout (0 unless given), vocab_multiple.
 
         Raises:
-            ValueError: nothing there, another architecture, a field that GPTConfig cannot represent, or a
+            ModelError: nothing there, another architecture, a field that GPTConfig cannot represent, or a
                 tensor missing, left over, of the wrong shape or unreadable; the text names it.
         """
         config_path = _find(name_or_dir, "config.json", revision)
         if config_path is None:
-            raise ValueError(f"{name_or_dir} has no config.json; it is not a Hugging Face model")
+            raise ModelError(f"{name_or_dir} has no config.json; it is not a Hugging Face model")
         stored = config_from_hf(_read_json(config_path))
         if block_size is not None and block_size > stored.block_size:
-            raise ValueError(f"block_size {block_size} is more than the {stored.block_size} positions of {name_or_dir}")
+            raise ModelError(f"block_size {block_size} is more than the {stored.block_size} positions of {name_or_dir}")
         config = replace(stored, block_size=stored.block_size if block_size is None else block_size, **overrides)
         with torch.device("meta"):
             model = cls(config)
@@ -417,27 +421,27 @@ class GPT(nn.Module):
             del keys["lm_head.weight"]
             tied_head = source.pop("lm_head.weight", None)
         if missing := sorted(set(keys.values()) - set(source)):
-            raise ValueError(f"{name_or_dir} lacks the tensor {missing[0]} ({len(missing)} missing)")
+            raise ModelError(f"{name_or_dir} lacks the tensor {missing[0]} ({len(missing)} missing)")
         if extra := sorted(set(source) - set(keys.values())):
-            raise ValueError(f"{name_or_dir} has the tensor {extra[0]}, which no GPT has ({len(extra)} left over)")
+            raise ModelError(f"{name_or_dir} has the tensor {extra[0]}, which no GPT has ({len(extra)} left over)")
 
         # The largest first: its second copy, alive while it is converted, must not top a full model.
         shapes = {ours: tuple(p.shape) for ours, p in model.state_dict().items()}
         for ours in sorted(keys, key=lambda name: -math.prod(shapes[name])):
             tensor = source[keys[ours]]()
             if not tensor.is_floating_point():
-                raise ValueError(f"{name_or_dir}: {keys[ours]} has dtype {tensor.dtype}, which is no floating point")
+                raise ModelError(f"{name_or_dir}: {keys[ours]} has dtype {tensor.dtype}, which is no floating point")
             expected = list(reversed(shapes[ours]) if _is_conv1d(ours) else shapes[ours])
             if ours == "wpe.weight":
                 expected[0] = stored.block_size
             elif ours in ("wte.weight", "lm_head.weight"):
                 expected[0] = config.vocab_size
             if list(tensor.shape) != expected:
-                raise ValueError(
+                raise ModelError(
                     f"{name_or_dir}: {keys[ours]} has shape {tuple(tensor.shape)}, config.json wants {tuple(expected)}"
                 )
             if ours == "wte.weight" and tied_head and not torch.equal(tied_head().to(tensor.dtype), tensor):
-                raise ValueError(
+                raise ModelError(
                     f"{name_or_dir}: lm_head.weight differs from the embedding that config.json ties it to"
                 )
             tensor = tensor.t() if _is_conv1d(ours) else tensor
@@ -667,21 +671,21 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
     """The GPTConfig of a parsed config.json. A key that is absent has transformers' default.
 
     Raises:
-        ValueError: another model type, a field that GPTConfig does not represent, or a wrong value.
+        ModelError: another model type, a field that GPTConfig does not represent, or a wrong value.
     """
     kind = hf.get("model_type")
     if kind not in ("gpt2", "openai-gpt"):
-        raise ValueError(f"config.json says model_type {kind!r}; gpt2 and openai-gpt can be loaded")
+        raise ModelError(f"config.json says model_type {kind!r}; gpt2 and openai-gpt can be loaded")
     for field, harmless in UNSUPPORTED.items():
         if hf.get(field, harmless) not in (harmless, None):
-            raise ValueError(f"config.json sets {field} to {hf[field]!r}, which this model does not represent")
+            raise ModelError(f"config.json sets {field} to {hf[field]!r}, which this model does not represent")
     gpt1 = kind == "openai-gpt"
     activation = hf.get("afn", "gelu") if gpt1 else hf.get("activation_function", "gelu_new")
     if gpt1 and activation == "gelu":
         activation = "gelu_new"  # GPT-1's code calls the tanh form "gelu"
     if activation not in tuple(ACTIVATIONS):  # a tuple: JSON's lists have no hash
         field = "afn" if gpt1 else "activation_function"
-        raise ValueError(f"config.json sets {field} to {activation!r}; supported are {', '.join(ACTIVATIONS)}")
+        raise ModelError(f"config.json sets {field} to {activation!r}; supported are {', '.join(ACTIVATIONS)}")
     try:
         return GPTConfig(
             block_size=hf.get("n_positions", 512 if gpt1 else 1024),
@@ -699,8 +703,8 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
             eos_token_id=hf.get("eos_token_id", None if gpt1 else 50256),
             initializer_range=hf.get("initializer_range", 0.02),
         )
-    except ValueError as error:
-        raise ValueError(f"config.json: {error}") from error
+    except ModelError as error:
+        raise ModelError(f"config.json: {error}") from error
 
 
 def config_to_hf(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -776,14 +780,14 @@ def _find(name_or_dir: str | Path, file: str, revision: str | None) -> Path | No
     except LocalEntryNotFoundError as error:
         if file != "config.json":
             return None  # offline, and this one of several possible files is not in the cache
-        raise ValueError(
+        raise ModelError(
             f"{name_or_dir} is neither a folder nor in the Hugging Face cache, and the hub cannot be reached"
         ) from error
     except EntryNotFoundError:
         return None
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name_or_dir} is not a folder and cannot be had from the hub: {reason}") from error
+        raise ModelError(f"{name_or_dir} is not a folder and cannot be had from the hub: {reason}") from error
 
 
 def _open_weights(name_or_dir: str | Path, revision: str | None) -> dict[str, Callable[[], Tensor]]:
@@ -795,16 +799,16 @@ def _open_weights(name_or_dir: str | Path, revision: str | None) -> dict[str, Ca
         if index := _find(name_or_dir, f"{single}.index.json", revision):
             weight_map = _read_json(index).get("weight_map")
             if not weight_map or not isinstance(weight_map, dict) or {type(v) for v in weight_map.values()} != {str}:
-                raise ValueError(f"{index} has no weight_map from tensors to files")
+                raise ModelError(f"{index} has no weight_map from tensors to files")
             shards = sorted(set(weight_map.values()))
             found = {shard: _find(name_or_dir, shard, revision) for shard in shards}
             for shard, path in found.items():
                 if path is None:
-                    raise ValueError(f"{name_or_dir} lacks {shard}, which its index names")
+                    raise ModelError(f"{name_or_dir} lacks {shard}, which its index names")
             paths = [path for path in found.values() if path]
             break
     else:
-        raise ValueError(f"{name_or_dir} has no weights: neither model.safetensors nor pytorch_model.bin")
+        raise ModelError(f"{name_or_dir} has no weights: neither model.safetensors nor pytorch_model.bin")
     source: dict[str, Callable[[], Tensor]] = {}
     for path in paths:
         for key, read in _open_file(path).items():
@@ -828,7 +832,7 @@ def _open_file(path: Path) -> dict[str, Callable[[], Tensor]]:
             with safe_open(path, framework="pt") as file:
                 return {key: partial(read_safetensors, key) for key in file.keys()}
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+            raise ModelError(f"{path} is damaged or no safetensors file: {error}") from error
 
     state, mapped = _load_pickle(path)
     copy = None
@@ -857,13 +861,13 @@ def _load_pickle(path: Path) -> tuple[dict[str, Tensor], bool]:
         except RuntimeError:  # the format before torch 1.6, which cannot be mapped
             state, mapped = torch.load(path, map_location="cpu", weights_only=True), False
     except pickle.UnpicklingError as error:
-        raise ValueError(
+        raise ModelError(
             f"{path} holds more than tensors or is damaged; it was not opened, as it could run code"
         ) from error
     except Exception as error:  # torch raises half a dozen kinds on a damaged file
-        raise ValueError(f"{path} is damaged or no PyTorch file: {error}") from error
+        raise ModelError(f"{path} is damaged or no PyTorch file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} is not a dictionary of tensors")
+        raise ModelError(f"{path} is not a dictionary of tensors")
     return state, mapped
 
 
@@ -871,9 +875,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise ModelError(f"{path} is not a JSON object")
     return value
 
 

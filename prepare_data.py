@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cli import above_zero, run_script
+from cli import UserError, count, run_script
 from dataset import SHARD_TOKENS, ShardWriter, file_sha256, open_shard
 from sources import Piece, files, find_files, hub, plays, split_name
 from tokenizer import Tokenizer, load_tokenizer
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
         if name == "shards":
             return sub
         sub.add_argument("--tokenizer", default=tokenizer, help="bytes, gpt2 or another that tiktoken or a folder has")
-        sub.add_argument("--workers", type=above_zero, default=os.cpu_count(), help="processes")
+        sub.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
         sub.add_argument("--max_tokens", type=amount, help="end after so many training tokens: 500M, 10B")
         sub.add_argument("--dedup", action="store_true", help="leave out documents that came before")
         if val_share:
@@ -148,13 +148,13 @@ def new_folder(name: str) -> Path:
     """data/<name>, which is not there yet.
 
     Raises:
-        ValueError: it is, or the name is no plain folder name.
+        UserError: it is, or the name is no plain folder name.
     """
     if Path(name).name != name or name in ("", ".."):
-        raise ValueError(f"{name!r} is not a plain folder name; give one with --name")
+        raise UserError(f"{name!r} is not a plain folder name; give one with --name")
     folder = Path("data") / name
     if folder.exists():
-        raise ValueError(f"{folder} exists already; remove it, or give another name with --name")
+        raise UserError(f"{folder} exists already; remove it, or give another name with --name")
     return folder
 
 
@@ -209,10 +209,10 @@ def prepare(
         identity: what else tells this source from others; a killed preparation is gone on with if it is the same.
 
     Raises:
-        ValueError: no text, no room, or a tokenizer without `<|endoftext|>`.
+        UserError: no text, no room, or a tokenizer without `<|endoftext|>`.
     """
     if tokenizer.eot is None:
-        raise ValueError(f"the tokenizer {tokenizer.name} has no end-of-text token, which begins each document here")
+        raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token, which begins each document here")
     partial = folder.with_name(f".{folder.name}.partial")
     recipe = json.dumps(
         [about, identity, tokenizer.name, tokenizer.n_vocab, val_share, max_tokens, dedup, shard_tokens]
@@ -221,7 +221,7 @@ def prepare(
     width = 2 if tokenizer.n_vocab <= 2**16 else 4
     missing = width * (expected_tokens - done.train_tokens) - shutil.disk_usage(partial).free
     if missing > 0:
-        raise ValueError(f"the disk of {folder} lacks about {missing / 1e9:.1f} GB for {expected_tokens:,} tokens")
+        raise UserError(f"the disk of {folder} lacks about {missing / 1e9:.1f} GB for {expected_tokens:,} tokens")
 
     def limit() -> float:
         """Of training tokens; more while the end may have to be held out."""
@@ -247,7 +247,7 @@ def prepare(
             bar.set_postfix_str(f"{task.counts['documents']:,} documents", refresh=False)
             bar.update(train.n_tokens - bar.n)
     if not train.n_tokens:
-        raise ValueError("there is no text in it")
+        raise UserError("there is no text in it")
     save_progress(partial, done, train, val)
     surplus = max(0, train.n_tokens - (max_tokens or train.n_tokens))
     if val.n_tokens:
@@ -283,7 +283,7 @@ def resume(partial: Path, recipe: str, n_vocab: int, shard_tokens: int) -> tuple
     try:
         progress = Progress(**json.loads((partial / "progress.json").read_text(encoding="utf-8")))
         if progress.recipe != recipe:
-            raise ValueError("another preparation")
+            raise UserError("another preparation")
         train = ShardWriter(partial, "train", n_vocab, shard_tokens, progress.train_tokens)
         return progress, train, ShardWriter(partial, "val", n_vocab, shard_tokens, progress.val_tokens)
     except (OSError, ValueError, TypeError):  # none, another, or killed while the end was held out
@@ -374,7 +374,7 @@ def broken_pool_is_an_error() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
-        raise ChildProcessError(
+        raise UserError(
             "a worker process ended, perhaps for lack of memory; the same command goes on, with fewer --workers"
         ) from error
 
@@ -406,7 +406,7 @@ def take_shards(place: str, folder: Path) -> None:
     """Take shards in llm.c's layout from a folder or a dataset on the hub; those with "val" in their name are held out.
 
     Raises:
-        ValueError: nothing there, or a shard that is damaged or holds other ids than GPT-2's.
+        UserError: nothing there, or a shard that is damaged or holds other ids than GPT-2's.
     """
     tokenizer = load_tokenizer("gpt2")
     origin = Path(place)
@@ -419,12 +419,12 @@ def take_shards(place: str, folder: Path) -> None:
             origin = Path(snapshot_download(name, repo_type="dataset", allow_patterns="*.bin"))
         except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{place} is neither a folder nor a dataset that can be had: {reason}") from error
+            raise UserError(f"{place} is neither a folder nor a dataset that can be had: {reason}") from error
     found = sorted(origin.rglob("*.bin"))
     splits = {"train": [p for p in found if "val" not in p.name], "val": [p for p in found if "val" in p.name]}
     for split, paths in splits.items():
         if not paths:
-            raise ValueError(f"{place} holds no .bin file for {split}, whose name says {'no ' * (split != 'val')}val")
+            raise UserError(f"{place} holds no .bin file for {split}, whose name says {'no ' * (split != 'val')}val")
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -434,7 +434,7 @@ def take_shards(place: str, folder: Path) -> None:
             for number, path in enumerate(paths):
                 ids = open_shard(path)
                 if len(ids) and ids.max() >= tokenizer.n_vocab:
-                    raise ValueError(f"{path} holds the id {ids.max()}, which is none of GPT-2's")
+                    raise UserError(f"{path} holds the id {ids.max()}, which is none of GPT-2's")
                 target = partial / f"{split}_{number:06d}.bin"
                 try:
                     os.link(path.resolve(), target)

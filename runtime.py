@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cli import UserError
+
 T = TypeVar("T")
 
 # What Gloo and NCCL say when another process is gone or does not answer.
@@ -58,20 +60,20 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The device of a name; "auto" is the best there is of CUDA, Apple's MPS and the CPU.
 
     Raises:
-        ValueError: the name is unknown or the device is not there.
+        UserError: the name is unknown or the device is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = name.partition(":")[0]
     if not re.fullmatch(r"(cpu|mps|cuda(:\d+)?)", name):
-        raise ValueError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
+        raise UserError(f"device {name!r} is not one of auto, cpu, cuda, cuda:N, mps")
     if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
-        raise ValueError(f"device {name!r} is not available here; leave the device out to use what is")
+        raise UserError(f"device {name!r} is not available here; leave the device out to use what is")
     if kind != "cuda":
         return torch.device(kind)
     index = int(name[5:]) if ":" in name else local_rank
     if index >= torch.cuda.device_count():
-        raise ValueError(f"there is no CUDA device {index}; this machine has {torch.cuda.device_count()}")
+        raise UserError(f"there is no CUDA device {index}; this machine has {torch.cuda.device_count()}")
     return torch.device("cuda", index)
 
 
@@ -89,7 +91,7 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
         timeout: seconds after which a process that waits for the others gives up.
 
     Raises:
-        ConnectionError: another process is gone or does not answer.
+        UserError: another process is gone or does not answer.
     """
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
@@ -115,7 +117,7 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
         if world_size == 1 or not LOST.search(str(error)):
             raise
         reason = re.sub(r"^\[\S*\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
-        raise ConnectionError(
+        raise UserError(
             f"process {rank} lost the others, one ended or hangs ({reason}); under torchrun --max-restarts=N the run "
             f"goes on from its newest checkpoint by itself, else with --resume"
         ) from error
@@ -164,17 +166,17 @@ def agree(rt: Runtime, check: Callable[[], T]) -> T:
     """The result of what every process does here; what fails in one, fails in all, with one message.
 
     Raises:
-        ValueError, OSError: as `check` does, in the first process; the others end without a word.
+        UserError, OSError: as `check` does, in the first process; the others end without a word.
     """
     result, problem = None, None
     try:
         result = check()
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         problem = error
     if rt.world_size > 1:
         problems: list[str | None] = [None] * rt.world_size
         dist.all_gather_object(problems, str(problem) if problem else None)
-        problem = problem or next((ValueError(text) for text in problems if text is not None), None)
+        problem = problem or next((UserError(text) for text in problems if text is not None), None)
         if problem:
             leave_group()
     if problem and not rt.is_main:

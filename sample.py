@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import find_model
-from cli import above_zero, run_script
+from checkpoint import find_model, load_model
+from cli import UserError, count, run_script
 from inference import kernels, prepare
-from model import GPT, Generation
+from model import Generation
 from runtime import describe, pick_device, pick_dtype
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -30,8 +30,8 @@ def parse_args() -> argparse.Namespace:
     what.add_argument("--prompt", default="", help="text to continue (default: a document's beginning)")
     what.add_argument("--prompts_file", type=Path, metavar="FILE", help="continue each line of a file")
     what.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D ends")
-    what.add_argument("--num_samples", type=above_zero, default=1, metavar="N", help="texts a prompt (default: 1)")
-    what.add_argument("--max_new_tokens", type=above_zero, default=500, metavar="N", help="of a text (default: 500)")
+    what.add_argument("--num_samples", type=count, default=1, metavar="N", help="texts a prompt (default: 1)")
+    what.add_argument("--max_new_tokens", type=count, default=500, metavar="N", help="of a text (default: 500)")
     what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     what.add_argument("--ignore_eot", action="store_true", help="write on after <|endoftext|>")
     how = parser.add_argument_group("how to choose")
@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
     to = parser.add_argument_group("where to")
     to.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write a JSON object a text to this new file")
     to.add_argument("--logprobs", action="store_true", help="with --output: each token and its log-probability")
-    to.add_argument("--batch_size", type=above_zero, default=8, metavar="N", help="texts at a time (default: 8)")
+    to.add_argument("--batch_size", type=count, default=8, metavar="N", help="texts at a time (default: 8)")
     on = parser.add_argument_group("on what")
     on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     on.add_argument(
@@ -152,7 +152,7 @@ class Writer:
         with ThreadPoolExecutor(1) as pool:
             if self.device.type == "cpu" and not self.compile and (int8 or dtype == torch.bfloat16):
                 pool.submit(kernels)  # compiled while the weights are read
-            model = GPT.from_pretrained(source, dtype=dtype, device=self.device)
+            model = load_model(source, dtype=dtype, device=self.device)
         self.model = prepare(model, int8, self.compile)
         self.tokenizer = load_tokenizer(source)
         kind = "int8" if int8 else str(dtype).removeprefix("torch.")
@@ -162,7 +162,7 @@ class Writer:
     def encode(self, prompt: str) -> list[int]:
         ids = self.tokenizer.encode(prompt, allow_eot=True)
         if not ids and self.tokenizer.eot is None:
-            raise ValueError("this model knows no beginning of a document; give a prompt")
+            raise UserError("this model knows no beginning of a document; give a prompt")
         ids = ids or [self.tokenizer.eot]
         block_size = self.model.config.block_size
         if len(ids) > block_size:
@@ -274,17 +274,17 @@ def interact(writer: Writer) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     if args.output and args.output.exists():
-        raise ValueError(f"{args.output} exists already; remove it or name another file")
+        raise UserError(f"{args.output} exists already; remove it or name another file")
     prompts = [args.prompt]
     if args.prompts_file:
         if not args.prompts_file.is_file():
-            raise ValueError(f"there is no file {args.prompts_file}")
+            raise UserError(f"there is no file {args.prompts_file}")
         try:
             prompts = args.prompts_file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{args.prompts_file} is not UTF-8; convert it") from error
+            raise UserError(f"{args.prompts_file} is not UTF-8; convert it") from error
         if prompts == [""]:
-            raise ValueError(f"{args.prompts_file} has no line")
+            raise UserError(f"{args.prompts_file} has no line")
     writer = Writer(args)
     if args.interactive:
         interact(writer)

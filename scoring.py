@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from cli import UserError
 from model import GPT
 from runtime import Runtime
 from sources import require_datasets
@@ -133,10 +134,10 @@ def judge_all(
 
 
 def check_fit(examples: list[Example], block_size: int) -> list[Example]:
-    """The examples. Raises ValueError: one has more tokens to predict than the model's context."""
+    """The examples. Raises UserError: one has more tokens to predict than the model's context."""
     for number, example in enumerate(examples, start=1):
         if (scored := max(row.scored for row in example.rows)) > block_size:
-            raise ValueError(f"example {number} has {scored} tokens to predict, and the context is {block_size} tokens")
+            raise UserError(f"example {number} has {scored} tokens to predict, and the context is {block_size} tokens")
     return examples
 
 
@@ -174,7 +175,7 @@ def read_rows(task: str, file: str | None = None) -> list[dict[str, Any]]:
         file: JSON lines, Parquet, or for WikiText its text.
 
     Raises:
-        ValueError: it cannot be had, or is not in the task's format.
+        UserError: it cannot be had, or is not in the task's format.
     """
     dataset, config, split, fields = HUB[task]
     if file is None:
@@ -186,28 +187,28 @@ def read_rows(task: str, file: str | None = None) -> list[dict[str, Any]]:
             rows = list(load_dataset(dataset, config, split=split))
         except (DatasetsError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{dataset} cannot be had from the hub ({reason}); name a file of it") from error
+            raise UserError(f"{dataset} cannot be had from the hub ({reason}); name a file of it") from error
     else:
         rows = _read_file(Path(file), as_text=task.startswith("wikitext"))
     for number, row in enumerate(rows, start=1):
         for name, kind in fields.items():
             if not isinstance(row, dict) or not isinstance(row.get(name), kind):
-                raise ValueError(
+                raise UserError(
                     f"{file or dataset}, row {number}: no {name!r} such as {task} has; is it that test set?"
                 )
     if not rows:
-        raise ValueError(f"{file or dataset} is empty")
+        raise UserError(f"{file or dataset} is empty")
     return rows
 
 
 def read_text(path: Path) -> str:
-    """Raises ValueError: there is no such file, or it is not UTF-8."""
+    """Raises UserError: there is no such file, or it is not UTF-8."""
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise UserError(f"there is no file {path}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8; convert it") from error
+        raise UserError(f"{path} is not UTF-8; convert it") from error
 
 
 def _read_file(path: Path, as_text: bool) -> list[Any]:
@@ -218,18 +219,18 @@ def _read_file(path: Path, as_text: bool) -> list[Any]:
         try:
             return parquet.read_table(path).to_pylist()
         except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{path} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
     lines = read_text(path).splitlines(keepends=True)
     if path.suffix not in (".json", ".jsonl"):
         if not as_text:
-            raise ValueError(f"{path} is neither .jsonl nor .parquet")
+            raise UserError(f"{path} is neither .jsonl nor .parquet")
         return [{"text": line if line.strip() else ""} for line in lines]  # as the hub has its lines
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not a JSON object") from error
+            raise UserError(f"{path}, line {number}: not a JSON object") from error
     return rows
 
 
@@ -268,7 +269,7 @@ def hellaswag_harness(row: dict[str, Any], tokenizer: Tokenizer) -> Example:
 def _label(row: dict[str, Any]) -> int:
     label = str(row["label"])
     if not label.isdecimal() or int(label) >= len(row["endings"]):
-        raise ValueError(f"HellaSwag's label is {label!r}; the validation split has numbers of the endings, 0 to 3")
+        raise UserError(f"HellaSwag's label is {label!r}; the validation split has numbers of the endings, 0 to 3")
     return int(label)
 
 
@@ -302,7 +303,7 @@ def _continued(context: str, ending: str, tokenizer: Tokenizer) -> Row:
 
 def _beginning(tokenizer: Tokenizer) -> int:
     if tokenizer.eot is None:
-        raise ValueError("a text has no context, and this model knows no beginning of a document")
+        raise UserError("a text has no context, and this model knows no beginning of a document")
     return tokenizer.eot
 
 

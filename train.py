@@ -22,16 +22,17 @@ from tqdm import tqdm
 from checkpoint import (
     CheckpointWriter,
     begun_by_this_launch,
+    load_model,
     load_state,
     newest_sound_checkpoint,
     step_of,
 )
-from cli import run_script
+from cli import UserError, run_script
 from config import TrainConfig, parse_config
 from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, training_batches
 from loss import Loss, lean_cross_entropy
 from metrics import MetricsLog
-from model import GPT, Generation, GPTConfig
+from model import GPT, Generation, GPTConfig, ModelError
 from optim import learning_rate_at, load_optimizer, make_optimizer, own_share
 from parallel import distribute, gathered, rehearse, replicate, shard, synchronised_if, whole_weights
 from runtime import (
@@ -250,12 +251,12 @@ def open_run(run: Path, cfg: TrainConfig) -> Path | None:
     """The checkpoint to continue from, or None for a new run.
 
     Raises:
-        ValueError: the run exists and is not to be continued or cannot be, or what logs it is not installed.
+        UserError: the run exists and is not to be continued or cannot be, or what logs it is not installed.
     """
     if cfg.wandb_project and not importlib.util.find_spec("wandb"):
-        raise ValueError("wandb_project is set, but wandb is not installed; pip install wandb")
+        raise UserError("wandb_project is set, but wandb is not installed; pip install wandb")
     if run.exists() and any(run.iterdir()) and not (cfg.resume or begun_by_this_launch(run)):
-        raise ValueError(f"{run} holds a run already; add --resume to continue it, or --run_name NAME for another")
+        raise UserError(f"{run} holds a run already; add --resume to continue it, or --run_name NAME for another")
     return newest_sound_checkpoint(run)
 
 
@@ -264,19 +265,19 @@ def prepare_default_corpus(cfg: TrainConfig, rt: Runtime) -> None:
     if cfg.data == TrainConfig.data and not Path(cfg.data).exists() and rt.local_rank == 0:
         script = Path(__file__).with_name("prepare_data.py")
         if subprocess.run([sys.executable, script, "shakespeare"]).returncode:
-            raise ValueError(f"{cfg.data} could not be prepared; see above")
+            raise UserError(f"{cfg.data} could not be prepared; see above")
 
 
 def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> Parts:
     """Everything a run needs, checked.
 
     Raises:
-        ValueError: bad data, or settings that do not fit it, the machine or the checkpoint.
+        UserError: bad data, or settings that do not fit it, the machine or the checkpoint.
     """
     meta = read_meta(cfg.data)
     tokenizer = load_tokenizer(meta["tokenizer"])
     if tokenizer.n_vocab != meta["vocab_size"]:
-        raise ValueError(
+        raise UserError(
             f"meta.json of {cfg.data} has vocab_size {meta['vocab_size']}, its tokenizer {meta['tokenizer']} "
             f"{tokenizer.n_vocab}; make the data again with prepare_data.py"
         )
@@ -285,18 +286,18 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
         state = load_state(checkpoint)
         notes = cfg.check_resumable(state["settings"], run)
         if state["data"] != data_fingerprint:
-            raise ValueError(
+            raise UserError(
                 f"{run} was made with the tokens of {state['settings']['data']}; {cfg.data} now holds others: resume "
                 f"with those, or begin another run with --run_name NAME"
             )
         try:
             progress = Progress(**state["progress"])
         except TypeError as error:
-            raise ValueError(f"{checkpoint} was made by another version of this program: {error}") from error
+            raise UserError(f"{checkpoint} was made by another version of this program: {error}") from error
         if progress.step != step_of(checkpoint):
-            raise ValueError(f"{checkpoint} holds the state of step {progress.step}; delete it to use the one before")
+            raise UserError(f"{checkpoint} holds the state of step {progress.step}; delete it to use the one before")
         if progress.step > cfg.max_steps:
-            raise ValueError(f"{run} is at step {progress.step} already, beyond max_steps {cfg.max_steps}")
+            raise UserError(f"{run} is at step {progress.step} already, beyond max_steps {cfg.max_steps}")
     model = build_model(cfg, meta["vocab_size"], tokenizer.eot, checkpoint, rt)
     for block in model.h:
         block.recompute = cfg.activation_checkpointing
@@ -307,7 +308,7 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
     scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
     if checkpoint:
         if not load_optimizer(optimizer, state["optimizer"]) and progress.step:
-            raise ValueError(f"{checkpoint} holds the optimizer of another model; delete it to use the one before")
+            raise UserError(f"{checkpoint} holds the optimizer of another model; delete it to use the one before")
         distribute(optimizer)
         scaler.load_state_dict(state["scaler"])
     block_size = model.config.block_size
@@ -338,7 +339,7 @@ def begin(run: Path, cfg: TrainConfig, checkpoint: Path | None, parts: Parts) ->
     """Take possession of the run's folder, and bring what it holds to where the run is.
 
     Raises:
-        ValueError: another process writes the run, or its metrics.jsonl is damaged.
+        UserError: another process writes the run, or its metrics.jsonl is damaged.
     """
     run.mkdir(parents=True, exist_ok=True)
     progress, settings = parts.progress, run / "config.toml"
@@ -360,7 +361,7 @@ def finish(log: MetricsLog, writer: CheckpointWriter) -> None:
 
 
 def end_for_bad_numbers(run: Path, writer: CheckpointWriter | None, since: int, step: int) -> None:
-    """Raises ValueError: it says since when, and which checkpoint is good."""
+    """Raises UserError: it says since when, and which checkpoint is good."""
     if writer:
         writer.wait()
     good = newest_sound_checkpoint(run, before=since) if writer else None
@@ -369,14 +370,14 @@ def end_for_bad_numbers(run: Path, writer: CheckpointWriter | None, since: int, 
         if good
         else "there is no checkpoint from before; begin again with a lower learning_rate"
     )
-    raise ValueError(f"the loss or its gradient was not finite in all steps from {since} to {step}; {advice}")
+    raise UserError(f"the loss or its gradient was not finite in all steps from {since} to {step}; {advice}")
 
 
 def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | None, rt: Runtime) -> GPT:
     """The model of a checkpoint, of loaded weights, or a fresh one.
 
     Raises:
-        ValueError: loaded weights of another shape or vocabulary than the settings and the data.
+        UserError: loaded weights of another shape or vocabulary than the settings and the data.
     """
     sizes = {"n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd, "block_size": cfg.block_size}
     sizes = {name: value for name, value in sizes.items() if value}
@@ -385,18 +386,20 @@ def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | 
         fresh = {"dropout": cfg.dropout, "initializer_range": cfg.initializer_range, "eos_token_id": eot}
         try:
             return GPT(GPTConfig(vocab_size=vocab_size, **fresh, **sizes)).to(rt.device)
+        except ModelError as error:
+            raise UserError(str(error)) from error
         except (RuntimeError, MemoryError) as error:
-            raise ValueError(f"a model of these sizes does not fit the memory: {str(error).splitlines()[0]}") from error
+            raise UserError(f"a model of these sizes does not fit the memory: {str(error).splitlines()[0]}") from error
     source = checkpoint or cfg.init_from
     # A shorter block_size cuts the position table; a checkpoint's was cut when its run began.
-    model = GPT.from_pretrained(
+    model = load_model(
         source, dtype=torch.float32, device=rt.device, dropout=cfg.dropout, block_size=sizes.get("block_size")
     )
     for name, value in {**sizes, "vocab_size": vocab_size}.items():
         loaded = getattr(model.config, name)
         if loaded != value:
             where = f"the data at {cfg.data}" if name == "vocab_size" else "the settings"
-            raise ValueError(f"{source} has {name} {loaded}, {where} {value}; they must be equal")
+            raise UserError(f"{source} has {name} {loaded}, {where} {value}; they must be equal")
     return model.train()
 
 
@@ -409,10 +412,10 @@ def fitting_batch_size(
     allocator cannot use it all.
 
     Raises:
-        ValueError: not a GPU, or not even one window fits.
+        UserError: not a GPU, or not even one window fits.
     """
     if rt.device.type != "cuda":
-        raise ValueError(f'batch_size "auto" measures the memory of a CUDA device; on {rt.device.type} give a number')
+        raise UserError(f'batch_size "auto" measures the memory of a CUDA device; on {rt.device.type} give a number')
     autocast = torch.autocast("cuda", dtype, enabled=dtype != torch.float32)
     share = max(1, cfg.total_batch_size // (model.config.block_size * rt.world_size))
     taken = [math.inf, math.inf]
@@ -431,7 +434,7 @@ def fitting_batch_size(
     room = 0.9 * (torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device)) - moments - copies
     everyones = gather(torch.tensor([largest_batch(share, *taken, room)], device=rt.device), rt)
     if not everyones.min():
-        raise ValueError(
+        raise UserError(
             f"not even one window of {model.config.block_size} tokens fits the memory of {rt.device}; try "
             f"activation_checkpointing, or several processes with parallel fsdp"
         )
@@ -452,7 +455,7 @@ def split_batch(cfg: TrainConfig, block_size: int, world_size: int) -> tuple[int
     """Windows a step over all processes, windows a micro-step of one process, and its micro-steps.
 
     Raises:
-        ValueError: total_batch_size does not divide into them.
+        UserError: total_batch_size does not divide into them.
     """
     step_windows, rest = divmod(cfg.total_batch_size, block_size)
     share, rest_windows = divmod(step_windows, world_size)
@@ -460,7 +463,7 @@ def split_batch(cfg: TrainConfig, block_size: int, world_size: int) -> tuple[int
     if rest or rest_windows or not share or share % batch_size:
         unit = block_size * world_size * min(cfg.batch_size, max(1, share))
         nearest_fit = max(1, round(cfg.total_batch_size / unit)) * unit
-        raise ValueError(
+        raise UserError(
             f"total_batch_size {cfg.total_batch_size} does not divide into batch_size {cfg.batch_size} windows of "
             f"{block_size} tokens on {world_size} process{'es' * (world_size > 1)}; {nearest_fit} would"
         )
@@ -573,4 +576,4 @@ def versions() -> str:
 
 if __name__ == "__main__":
     config = parse_config(sys.argv[1:])
-    run_script(lambda: train(config))
+    run_script(lambda: train(config), sturdy=True)

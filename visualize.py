@@ -31,8 +31,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import checkpoints, find_model
-from cli import run_script
+from checkpoint import checkpoints, find_model, load_model
+from cli import UserError, run_script
 from metrics import parsed_line
 from model import GPT
 from tokenizer import Tokenizer, load_tokenizer
@@ -267,11 +267,11 @@ def read_curves(run: Path) -> Curves:
     """A run's metrics.jsonl. Lines that are torn are passed over.
 
     Raises:
-        ValueError: there is none, or it holds no figures.
+        UserError: there is none, or it holds no figures.
     """
     path = run / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{run} has no metrics.jsonl; name a run's folder, such as out/shakespeare")
+        raise UserError(f"{run} has no metrics.jsonl; name a run's folder, such as out/shakespeare")
     lines = [line for line in map(parsed_line, path.open("rb")) if line]
 
     def columns(kind: str) -> dict[str, np.ndarray]:
@@ -282,7 +282,7 @@ def read_curves(run: Path) -> Curves:
 
     train, val = columns("train_loss"), columns("val_loss")
     if not len(train["tokens"]):
-        raise ValueError(f"{path} holds no figures of training yet")
+        raise UserError(f"{path} holds no figures of training yet")
     seconds = np.diff(train["tokens"], prepend=0) / train["tokens_per_sec"]
     train["hours"] = np.nan_to_num(seconds, posinf=0).cumsum() / 3600
     val["hours"] = np.interp(val["tokens"], train["tokens"], train["hours"])
@@ -820,34 +820,34 @@ def write_page(subject: Subject, sections: list[Section]) -> None:
 
 
 def check_folder(out: Path) -> None:
-    """Raises ValueError where pictures would be written among files that are not ours."""
+    """Raises UserError where pictures would be written among files that are not ours."""
     index = out / "index.html"
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; name a folder with --out")
+        raise UserError(f"{out} is a file; name a folder with --out")
     ours = index.is_file() and MADE_HERE in index.read_text(encoding="utf-8", errors="replace")
     if out.is_dir() and any(out.iterdir()) and not ours:
-        raise ValueError(f"{out} holds files that are not of visualize.py; name another folder with --out")
+        raise UserError(f"{out} holds files that are not of visualize.py; name another folder with --out")
 
 
 def load(args: argparse.Namespace) -> Subject:
     """The model and its text.
 
     Raises:
-        ValueError: no such model, a layer or head that it lacks, or a text that it cannot read.
+        UserError: no such model, a layer or head that it lacks, or a text that it cannot read.
     """
     source = find_model(args.model)
-    model = GPT.from_pretrained(source, dtype=torch.float32)
+    model = load_model(source, dtype=torch.float32)
     tokenizer = load_tokenizer(source)
     config = model.config
     if bad := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
-        raise ValueError(f"{source} has values in {bad[0]} that are not finite; there is nothing to draw")
+        raise UserError(f"{source} has values in {bad[0]} that are not finite; there is nothing to draw")
     if not 0 <= args.layer < config.n_layer:
-        raise ValueError(f"there is no layer {args.layer}; {source} has layers 0 to {config.n_layer - 1}")
+        raise UserError(f"there is no layer {args.layer}; {source} has layers 0 to {config.n_layer - 1}")
     if args.head is not None and not 0 <= args.head < config.n_head:
-        raise ValueError(f"there is no head {args.head}; {source} has heads 0 to {config.n_head - 1}")
+        raise UserError(f"there is no head {args.head}; {source} has heads 0 to {config.n_head - 1}")
     for part in args.ids:
         if not part or part[-1] >= tokenizer.n_vocab:
-            raise ValueError(f"--ids {part.start}-{part.stop - 1} is no range of the ids 0 to {tokenizer.n_vocab - 1}")
+            raise UserError(f"--ids {part.start}-{part.stop - 1} is no range of the ids 0 to {tokenizer.n_vocab - 1}")
     ids = encode(tokenizer, TEXT if args.text is None else args.text)
     limit = min(MAX_TOKENS, config.block_size)
     if len(ids) > limit:
@@ -859,11 +859,11 @@ def load(args: argparse.Namespace) -> Subject:
         found = [tokenizer.encode(text, allow_eot=True) for text in args.tokens]
         for text, made in zip(args.tokens, found):
             if len(made) != 1:
-                raise ValueError(f"--tokens {text!r} is {len(made)} tokens of {tokenizer.name}, not one; blanks count")
+                raise UserError(f"--tokens {text!r} is {len(made)} tokens of {tokenizer.name}, not one; blanks count")
         chosen = [token for (token,) in found]
     largest = max([*ids, *chosen, tokenizer.eot or 0])
     if largest >= config.vocab_size:
-        raise ValueError(f"the tokenizer of {source} has id {largest}, the model only {config.vocab_size} tokens")
+        raise UserError(f"the tokenizer of {source} has id {largest}, the model only {config.vocab_size} tokens")
     name, run, folder = str(source), None, Path(source).resolve()
     if folder.is_dir():
         name = folder.name
@@ -875,7 +875,7 @@ def load(args: argparse.Namespace) -> Subject:
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     if not text:
-        raise ValueError("the text is empty; give --text at least a character")
+        raise UserError("the text is empty; give --text at least a character")
     return tokenizer.encode(text)
 
 

@@ -31,6 +31,7 @@ from checkpoint import (
     load_state,
     newest_sound_checkpoint,
 )
+from cli import UserError
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
 
@@ -338,7 +339,7 @@ def test_full_disk_costs_only_the_checkpoint_being_written(small_disk: Path, cap
             assert f"no checkpoint of step {step}: [Errno 28] No space left on device" in warning
             assert names(small_disk / "checkpoints") == ["step_00000001"] and damage(first) is None
             filler.unlink()
-        with pytest.raises(OSError, match=f"of step {step}, could not be written"):
+        with pytest.raises(UserError, match=f"of step {step}, could not be written"):
             writer.close()
         writer.save(step + 1, *weights(small_model(step + 1)), small_state(step + 1))
         writer.close()
@@ -358,7 +359,7 @@ def test_folder_that_cannot_be_written_costs_only_the_checkpoint(
         writer.close()
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
         writer.save(8, *weights(small_model(8)), small_state(8))
-        with pytest.raises(OSError, match=r"of step 8, .*Read-only file system"):
+        with pytest.raises(UserError, match=r"of step 8, .*Read-only file system"):
             writer.close()
         assert "no checkpoint of step 8: " in capsys.readouterr().err
         [path] = checkpoints(run)
@@ -378,7 +379,7 @@ def test_what_before_raises_fails_the_write(tmp_path: Path, capsys: pytest.Captu
     with CheckpointWriter(tmp_path, TOKENIZER, 1, None) as writer:
         writer.before = refuse
         writer.save(4, *weights(small_model(4)), small_state(4))
-        with pytest.raises(OSError, match=r"of step 4, .*no room for metrics"):
+        with pytest.raises(UserError, match=r"of step 4, .*no room for metrics"):
             writer.close()
         assert "no room for metrics" in capsys.readouterr().err and names(tmp_path / "checkpoints") == []
         writer.before = lambda: None

@@ -19,6 +19,7 @@ from test_end_to_end import ROOT, curve, metrics, run_tiny
 
 import train as training
 from checkpoint import CheckpointWriter, checkpoints, damage, load_state
+from cli import UserError
 from metrics import MetricsLog
 from model import GPT
 
@@ -279,7 +280,7 @@ def test_full_disk_at_the_end_is_an_error(workplace: Path, small_disk: Path, mon
             fill(small_disk, leave=0)
 
     monkeypatch.setattr(MetricsLog, "write", write)
-    with pytest.raises(OSError, match="step 12, could not be written"):
+    with pytest.raises(UserError, match="step 12, could not be written"):
         run_tiny("--resume")
     assert damage(newest("tiny")) is None and newest("tiny").name == "step_00000004"
 
