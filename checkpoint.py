@@ -4,10 +4,6 @@ A checkpoint is written beside its place, synced to the disk and only then renam
 of its files stands in SHA256SUMS, which `sha256sum -c` reads, so that a damaged one is known and passed over.
 """
 
-import fcntl
-import hashlib
-import io
-import mmap
 import os
 import re
 import shutil
@@ -19,10 +15,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
-from torch.utils import serialization
+from torch.serialization import safe_globals
 from tqdm import tqdm
 
 from cli import UserError
@@ -33,7 +29,14 @@ from tokenizer import Tokenizer
 STATE_FILE = "trainer_state.pt"
 SUMS_FILE = "SHA256SUMS"
 LOCK_FILE = ".lock"
+LAUNCH_FILE = ".launch"
+LATEST_FILE = ".latest"
 STATE_KEYS = {"progress", "settings", "data", "optimizer", "scaler"}
+# Checkpoints written until November 2026 hold numbers as classes of the parser that the settings went through.
+PARSER_NUMBERS: list[Any] = [
+    *((int, f"jsonargparse.typing.{name}") for name in ("NonNegativeInt", "PositiveInt")),
+    *((float, f"jsonargparse.typing.{name}") for name in ("ClosedUnitInterval", "NonNegativeFloat", "PositiveFloat")),
+]
 
 
 def warn(message: str) -> None:
@@ -123,25 +126,73 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         UserError: the file is damaged or holds anything but tensors and plain values.
     """
     path = checkpoint / STATE_FILE
+    advice = f"move {checkpoint} elsewhere to resume from the one before"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with safe_globals(PARSER_NUMBERS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen kinds on a damaged file
-        raise UserError(f"{path} cannot be read; delete {checkpoint} to use the one before") from error
+        raise UserError(f"{path} cannot be read; {advice}") from error
     parts = {"progress": "step", "settings": "seed", "optimizer": "param_groups"}  # and what each holds at least
     if not isinstance(state, dict) or not (
         STATE_KEYS <= state.keys()
         and all(isinstance(state[part], dict) and key in state[part] for part, key in parts.items())
     ):
-        raise UserError(f"{path} is not the state of a run; delete {checkpoint} to use the one before")
+        raise UserError(f"{path} is not the state of a run; {advice}")
     return state
+
+
+def check_plain(value: Any, where: str = "state") -> None:
+    """Raises TypeError for what a checkpoint could not be loaded with: anything but tensors and plain values."""
+    if type(value) is dict:
+        for key, item in value.items():
+            check_plain(key, f"a key of {where}")
+            check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for i, item in enumerate(value):
+            check_plain(item, f"{where}[{i}]")
+    elif type(value) not in (Tensor, bool, int, float, str, type(None)):
+        raise TypeError(f"{where} is a {type(value).__qualname__}; checkpoints hold tensors and plain values only")
+
+
+def lock_run(run: Path) -> FileLock:
+    """Take possession of a run's folder, for as long as this process lives or the lock is not released.
+
+    Raises:
+        UserError: another process has it.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run / LOCK_FILE, is_singleton=True)  # so this process can take it twice
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"another process is training {run}; wait for it, or end it first") from error
+    except (NotImplementedError, OSError) as error:
+        warn(f"{run} is not locked, since its file system has no locks ({error}); make sure that one process trains it")
+    return lock
+
+
+def holds_run(run: Path) -> bool:
+    """Whether a folder holds more than what was noted before a run's first step."""
+    return run.is_dir() and any(path.name not in (LOCK_FILE, LAUNCH_FILE) for path in run.iterdir())
+
+
+def latest_written(run: Path) -> str | None:
+    """The name of the checkpoint that was written last, whether or not it is still there."""
+    path = run / LATEST_FILE
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def begun_by_this_launch(run: Path) -> bool:
     """Whether the torchrun that started this process, perhaps again after a failure, began the run."""
     try:
-        return bool(_launch()) and (run / LOCK_FILE).read_text() == _launch()
+        return bool(_launch()) and (run / LAUNCH_FILE).read_text() == _launch()
     except (OSError, UnicodeDecodeError):
         return False
+
+
+def mark_launch(run: Path) -> None:
+    """Note that this launch trains the run, for `begun_by_this_launch`."""
+    (run / LAUNCH_FILE).write_text(_launch())
 
 
 def _launch() -> str:
@@ -157,11 +208,12 @@ def _launch() -> str:
 class CheckpointWriter(AbstractContextManager):
     """Writes the checkpoints of a run in a thread: training waits for the copy to host memory only, but at its end.
 
-    A write that fails is reported and leaves the earlier checkpoints whole; the next `save` tries again. A run
-    has one writer at a time, in all processes; leaving the context waits for the write that goes on.
+    A write that the disk refuses is reported and leaves the earlier checkpoints whole; the next `save` tries again.
+    The first checkpoint is read back: one that could not be loaded is an error now, not at the resume. Leaving the
+    context waits for the write that goes on.
 
     Args:
-        run: the run's folder.
+        run: the run's folder, locked by this process.
         tokenizer: saved with each checkpoint.
         keep: how many checkpoints to keep, the newest ones.
         newest: the checkpoint that the run continues from.
@@ -169,31 +221,19 @@ class CheckpointWriter(AbstractContextManager):
     Attributes:
         newest: the newest checkpoint written, or that one.
         before: called in the thread before a checkpoint takes its place; what it raises, fails the write.
-
-    Raises:
-        UserError: another process writes the run.
     """
 
     def __init__(self, run: Path, tokenizer: Tokenizer, keep: int, newest: Path | None):
         self.folder = run / "checkpoints"
         self.keep, self.newest = keep, newest
         self.before: Callable[[], None] = lambda: None
-        self.lock = (run / LOCK_FILE).open("a+")  # open files lose their locks when their process ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is training {run}; end that one first") from error
-        except OSError:
-            pass  # a file system without locks
-        self.lock.truncate(0)
-        self.lock.write(_launch())
-        self.lock.flush()
-        self.error: Exception | None = None  # of the newest write, if it failed
+        self.error: OSError | None = None  # of the newest write, if it failed
+        self.read_back = False
         self.host_model: GPT | None = None
         with tempfile.TemporaryDirectory() as directory:  # once: GPT-2's takes a second
             tokenizer.save_pretrained(directory)
             self.tokenizer_files = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
-        self.thread = ThreadPoolExecutor(1, "checkpoints", initializer=_stand_back)
+        self.thread = ThreadPoolExecutor(1, "checkpoints", initializer=_yield_to_training)
         self.writing: Future | None = None
         for partial in self.folder.glob(".step_*"):  # of a process that was killed
             shutil.rmtree(partial)
@@ -206,14 +246,18 @@ class CheckpointWriter(AbstractContextManager):
         Args:
             weights: the model's state_dict.
             wait: until this one is written; otherwise it is left out while the one before is being written.
+
+        Raises:
+            TypeError: the state holds more than tensors and plain values.
         """
         if self.writing and not self.writing.done():
             if not wait:
                 warn(f"no checkpoint of step {step}: that of step {self.writing_step} is still being written")
                 return
-            self.wait()
+        self.wait()
         if self.newest and step_of(self.newest) == step:
             return
+        check_plain(state)
         if self.host_model is None:
             with torch.device("meta"):
                 self.host_model = GPT(config)
@@ -228,13 +272,12 @@ class CheckpointWriter(AbstractContextManager):
             self.writing = self.thread.submit(self._write, step, state)
 
     def wait(self) -> None:
-        """Until no write goes on."""
+        """Until no write goes on. Raises what the thread did, but for what the disk refused."""
         if self.writing:
             self.writing.result()
 
     def __exit__(self, *_: Any) -> None:
         self.thread.shutdown()
-        self.lock.close()
 
     def close(self) -> None:
         """Wait for the last write.
@@ -251,26 +294,27 @@ class CheckpointWriter(AbstractContextManager):
         partial = final.with_name(f".{final.name}")
         try:
             partial.mkdir(parents=True)
-            sums: dict[str, str] = {}
-            self.host_model.save_pretrained(partial, lambda path, mode: UncachedFile(path, sums))
+            self.host_model.save_pretrained(partial)
             for name, content in self.tokenizer_files.items():
                 (partial / name).write_bytes(content)
-            with UncachedFile(partial / STATE_FILE, sums) as file:
-                with serialization.config.patch("save.compute_crc32", False):  # half as costly again as the SHA-256
-                    torch.save(state, file)
+            _save_state(state, partial / STATE_FILE)
+            if not self.read_back:
+                try:
+                    load_state(partial)
+                except UserError as error:
+                    raise RuntimeError(f"the state of step {step} was written, but cannot be loaded again") from error
+                self.read_back = True
             files = sorted(partial.iterdir())
-            lines = [f"{sums.get(path.name) or file_sha256(path)}  {path.name}\n" for path in files]
-            (partial / SUMS_FILE).write_text("".join(lines))
+            (partial / SUMS_FILE).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
             for path in (*files, partial / SUMS_FILE, partial):
-                _sync(path)
+                sync(path)
             self.before()
             shutil.rmtree(final, ignore_errors=True)  # one that was damaged, so that the run began before it
             os.replace(partial, final)
-            _sync(self.folder)
+            sync(self.folder)
+            (self.folder.parent / LATEST_FILE).write_text(final.name)
             self.error, self.newest = None, final
-        except Exception as error:
-            while isinstance(error.__context__, Exception):  # torch reports another trouble after that of the disk
-                error = error.__context__
+        except OSError as error:
             self.error = error
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free / 1e6
@@ -288,69 +332,23 @@ class CheckpointWriter(AbstractContextManager):
                 warn(f"{old} could not be removed: {error}")
 
 
-def _stand_back() -> None:
+def _yield_to_training() -> None:
     """Leave the processors to the other threads of this process: what they have no use for is enough to write."""
     torch.set_num_threads(1)  # two sets of OpenMP threads would wait for each other, spinning
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
         os.nice(19)
 
 
-class UncachedFile(io.RawIOBase):
-    """A new file, written past the system's page cache where that can be, and its SHA-256.
-
-    Through the cache gigabytes would push the token shards out of it, and cost more time than to hash them.
-
-    Args:
-        sums: gets the file's SHA-256 under its name when it is closed.
-        buffer_size: bytes written at once, a multiple of the page size.
-    """
-
-    def __init__(self, path: Path, sums: dict[str, str], buffer_size: int = 2**22):
-        self.path, self.sums = path, sums
-        self.sha256 = hashlib.sha256()
-        self.buffer = np.frombuffer(mmap.mmap(-1, buffer_size), np.uint8)  # such writes want whole pages, in memory too
-        self.filled = self.size = 0
-        self.file = path.open("xb", buffering=0)
-        flags = fcntl.fcntl(self.file, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self.file, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
-            self.file.write(self.buffer[: mmap.PAGESIZE])  # some file systems refuse only here
-        except OSError:
-            fcntl.fcntl(self.file, fcntl.F_SETFL, flags)
-        self.file.seek(0)
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: bytes | memoryview) -> int:
-        rest = whole = np.frombuffer(data, np.uint8)  # numpy lets other threads of Python run while it copies
-        while len(rest):
-            part = rest[: len(self.buffer) - self.filled]
-            self.buffer[self.filled : self.filled + len(part)] = part
-            self.filled += len(part)
-            rest = rest[len(part) :]
-            if self.filled == len(self.buffer):
-                self._empty()
-        return len(whole)
-
-    def _empty(self) -> None:
-        """Write what the buffer holds, up to the end of a page; `close` cuts off what is too much."""
-        self.sha256.update(self.buffer[: self.filled])
-        rest = self.buffer[: -(-self.filled // mmap.PAGESIZE) * mmap.PAGESIZE]
-        self.size, self.filled = self.size + self.filled, 0
-        while len(rest):
-            rest = rest[self.file.write(rest) :]
-
-    def close(self) -> None:
-        if self.closed:
-            return
-        try:
-            self._empty()
-            self.file.truncate(self.size)
-            self.sums[self.path.name] = self.sha256.hexdigest()
-        finally:
-            self.file.close()
-            super().close()
+def _save_state(state: dict[str, Any], path: Path) -> None:
+    """torch.save, which reports another trouble after that of the disk: this raises the disk's OSError."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
 
 
 def _on_host(value: Any) -> Any:
@@ -362,9 +360,11 @@ def _on_host(value: Any) -> Any:
     return [_on_host(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have the disk hold what was written to a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

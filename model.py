@@ -9,17 +9,19 @@ import json
 import math
 import os
 import pickle
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -455,12 +457,8 @@ class GPT(nn.Module):
             model.lm_head.weight = model.wte.weight
         return model.eval()
 
-    def save_pretrained(self, directory: str | Path, open: Callable[[Path, str], IO[bytes]] = open) -> None:
-        """Write config.json, generation_config.json and model.safetensors as transformers lays them out.
-
-        Args:
-            open: opens model.safetensors.
-        """
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write config.json, generation_config.json and model.safetensors as transformers lays them out."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {}
@@ -469,11 +467,16 @@ class GPT(nn.Module):
                 continue
             if ours in ("wte.weight", "lm_head.weight"):
                 tensor = tensor[: self.config.vocab_size]
-            tensors[_hf_name(ours, self.config)] = tensor.t() if _is_conv1d(ours) else tensor
-        with open(directory / "model.safetensors", "wb") as file:
-            _write_safetensors(file, tensors)
+            tensor = tensor.t() if _is_conv1d(ours) else tensor
+            tensors[_hf_name(ours, self.config)] = tensor.detach().cpu().contiguous()
+        try:
+            save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        except SafetensorError as error:  # what the disk refuses, in the library's own kind
+            raise OSError(str(error)) from error
         config = config_to_hf(self.config, self.wte.weight.dtype)
         _write_json(directory / "config.json", config)
+        # The library lets nobody else read its file; take what the umask gives others.
+        shutil.copymode(directory / "config.json", directory / "model.safetensors")
         ends = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
         _write_json(directory / "generation_config.json", ends)
 
@@ -660,9 +663,6 @@ def sample_token(
 
 # Hugging Face files. GPT-2's config.json: transformers' GPT2Config; GPT-1's: OpenAIGPTConfig.
 
-# The names that safetensors has for dtypes.
-SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
 # Fields that change the numbers and that GPTConfig does not represent, with the values that change nothing.
 UNSUPPORTED = {"add_cross_attention": False, "quantization_config": None, "pruned_heads": {}}
 
@@ -735,23 +735,6 @@ def config_to_hf(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
         "scale_attn_weights": config.scale_attn_weights,
         "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
     }
-
-
-def _write_safetensors(file: IO[bytes], tensors: dict[str, Tensor]) -> None:
-    """Write tensors as https://github.com/huggingface/safetensors describes it, "Format".
-
-    One after the other: the library's own function first makes a copy of all, contiguous and on the host.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": SAFETENSORS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        file.write(tensor.detach().flatten().cpu().view(torch.uint8).numpy())
 
 
 def _is_conv1d(name: str) -> bool:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -93,8 +94,7 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
     Raises:
         UserError: another process is gone or does not answer.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    rank, local_rank, world_size = place_in_group()
     picked = pick_device(device, local_rank)
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
@@ -123,6 +123,27 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
         ) from error
 
 
+def place_in_group() -> tuple[int, int, int]:
+    """Rank, rank on this node and number of processes, as torchrun or another launcher says in the environment.
+
+    Without WORLD_SIZE, or with 1, this is a process of its own, whatever else a launcher left in the environment.
+
+    Raises:
+        UserError: the environment is that of a group, and incomplete or contradictory.
+    """
+    number = {name: os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    if number["WORLD_SIZE"] in ("", "1"):
+        return 0, 0, 1
+    number["LOCAL_RANK"] = number["LOCAL_RANK"] or "0"  # one process a node needs none
+    for name, text in number.items():
+        if not (text.isascii() and text.isdecimal()) or (name == "RANK" and int(text) >= int(number["WORLD_SIZE"])):
+            raise UserError(
+                f"{name} is {text!r} in the environment, with WORLD_SIZE {number['WORLD_SIZE']}: start several "
+                f"processes with torchrun, or unset WORLD_SIZE for one"
+            )
+    return int(number["RANK"]), int(number["LOCAL_RANK"]), int(number["WORLD_SIZE"])
+
+
 def leave_group() -> None:
     """Every process calls this at its end. What a group still runs then can abort a Python that ends."""
     dist.barrier()  # one that closes its connections early would break the others' ending
@@ -130,9 +151,8 @@ def leave_group() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed. It gives large blocks back, and the system hands them out zeroed, each time."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    """Stop glibc returning freed blocks to the system: refaulting zeroed pages slows every step."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
@@ -230,14 +250,15 @@ class StopSignals(AbstractContextManager):
     Schedulers signal a process directly and through its launcher, so signals within a second count as one.
     """
 
-    KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    # Windows has no SIGUSR1.
+    KINDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
     def __enter__(self) -> "StopSignals":
         self.signum = 0
-        self.inlet, self.outlet = os.pipe()
-        os.set_blocking(self.outlet, False)
+        self.inlet, self.outlet = socket.socketpair()  # a pipe would not do on Windows
+        self.outlet.setblocking(False)
         self.old_handlers = {kind: signal.signal(kind, lambda *_: None) for kind in self.KINDS}
-        self.old_outlet = signal.set_wakeup_fd(self.outlet, warn_on_full_buffer=False)
+        self.old_outlet = signal.set_wakeup_fd(self.outlet.fileno(), warn_on_full_buffer=False)
         Thread(target=self._watch, daemon=True).start()
         return self
 
@@ -245,17 +266,17 @@ class StopSignals(AbstractContextManager):
         signal.set_wakeup_fd(self.old_outlet)
         for kind, handler in self.old_handlers.items():
             signal.signal(kind, handler)
-        os.close(self.outlet)
+        self.outlet.close()
 
     def _watch(self) -> None:
-        while received := os.read(self.inlet, 1):
+        while received := self.inlet.recv(1):
             if received[0] not in self.KINDS:
                 continue
             if not self.signum:
                 self.signum, first = received[0], time.monotonic()
             elif time.monotonic() - first > 1:
                 os._exit(128 + received[0])
-        os.close(self.inlet)
+        self.inlet.close()
 
 
 def to_device(batches: Iterator[np.ndarray], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

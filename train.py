@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,13 @@ from tqdm import tqdm
 from checkpoint import (
     CheckpointWriter,
     begun_by_this_launch,
+    checkpoints,
+    holds_run,
+    latest_written,
     load_model,
     load_state,
+    lock_run,
+    mark_launch,
     newest_sound_checkpoint,
     step_of,
 )
@@ -86,21 +91,27 @@ class Parts:
 
 def train(cfg: TrainConfig) -> None:
     """One training run, in this process or in a group of processes."""
-    with process_group(cfg.device, cfg.timeout) as rt:
-        stop = train_in_group(cfg, rt)
+    with process_group(cfg.device, cfg.timeout) as rt, ExitStack() as stack:
+        stop = train_in_group(cfg, rt, stack)
     if stop:
         sys.exit(128 + stop)
 
 
-def train_in_group(cfg: TrainConfig, rt: Runtime) -> int:
-    """One training run, from the data to a passage written by the trained model; returns the signal that stopped it."""
+def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
+    """One training run, from the data to a passage written by the trained model; returns the signal that stopped it.
+
+    Args:
+        stack: what it holds of the run's folder is let go when the stack is left.
+    """
     say = print if rt.is_main else lambda *_: None
     run = Path("out") / cfg.run_name
-    checkpoint = from_main(rt, agree(rt, lambda: open_run(run, cfg) if rt.is_main else None))
+    checkpoint = from_main(rt, agree(rt, lambda: open_run(run, cfg, stack) if rt.is_main else None))
+    if cfg.resume and not checkpoint:
+        say(f"{run} has no checkpoint yet: beginning at step 0")
     agree(rt, lambda: prepare_default_corpus(cfg, rt))
     parts = agree(rt, lambda: load(cfg, run, checkpoint, rt))
     model, optimizer, scaler, progress = parts.model, parts.optimizer, parts.scaler, parts.progress
-    log, writer = agree(rt, lambda: begin(run, cfg, checkpoint, parts) if rt.is_main else (None, None))
+    log, writer = agree(rt, lambda: begin(run, cfg, checkpoint, parts, stack) if rt.is_main else (None, None))
     if checkpoint:
         say("; ".join([f"resuming from {checkpoint}", *parts.notes]))
     sharing = "1 process" if rt.world_size == 1 else f"{rt.world_size} processes ({cfg.parallel})"
@@ -247,24 +258,39 @@ def due(step: int, interval: int, cfg: TrainConfig) -> bool:
     return step == cfg.max_steps or (interval > 0 and step % interval == 0)
 
 
-def open_run(run: Path, cfg: TrainConfig) -> Path | None:
-    """The checkpoint to continue from, or None for a new run.
+def open_run(run: Path, cfg: TrainConfig, stack: ExitStack) -> Path | None:
+    """The checkpoint to continue from, or None for a new run. A run that exists is locked before it is looked at.
 
     Raises:
         UserError: the run exists and is not to be continued or cannot be, or what logs it is not installed.
     """
     if cfg.wandb_project and not importlib.util.find_spec("wandb"):
         raise UserError("wandb_project is set, but wandb is not installed; pip install wandb")
-    if run.exists() and any(run.iterdir()) and not (cfg.resume or begun_by_this_launch(run)):
+    refuse_unasked(run, cfg)
+    if not run.exists():
+        return None
+    stack.callback(lock_run(run).release)
+    checkpoint = newest_sound_checkpoint(run)
+    if not checkpoint and (lost := latest_written(run)):
+        raise UserError(
+            f"{run} had come to {lost}, but no checkpoint of it is left; put one back to go on, or begin another run "
+            f"with --run_name NAME"
+        )
+    return checkpoint
+
+
+def refuse_unasked(run: Path, cfg: TrainConfig) -> None:
+    """Raises UserError: the folder holds a run, and nobody asked to continue it."""
+    if holds_run(run) and not (cfg.resume or begun_by_this_launch(run)):
         raise UserError(f"{run} holds a run already; add --resume to continue it, or --run_name NAME for another")
-    return newest_sound_checkpoint(run)
 
 
 def prepare_default_corpus(cfg: TrainConfig, rt: Runtime) -> None:
     """Make the data of the default setting where it is missing; whatever else is missing is an error."""
     if cfg.data == TrainConfig.data and not Path(cfg.data).exists() and rt.local_rank == 0:
         script = Path(__file__).with_name("prepare_data.py")
-        if subprocess.run([sys.executable, script, "shakespeare"]).returncode:
+        done = subprocess.run([sys.executable, script, "shakespeare"])
+        if done.returncode and not Path(cfg.data).exists():  # it does where another process was faster
             raise UserError(f"{cfg.data} could not be prepared; see above")
 
 
@@ -282,6 +308,7 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
             f"{tokenizer.n_vocab}; make the data again with prepare_data.py"
         )
     progress, notes, state, data_fingerprint = Progress(), [], {}, fingerprint(meta)
+    go_back = f"move {checkpoint} elsewhere to resume from the one before"
     if checkpoint:
         state = load_state(checkpoint)
         notes = cfg.check_resumable(state["settings"], run)
@@ -295,7 +322,7 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
         except TypeError as error:
             raise UserError(f"{checkpoint} was made by another version of this program: {error}") from error
         if progress.step != step_of(checkpoint):
-            raise UserError(f"{checkpoint} holds the state of step {progress.step}; delete it to use the one before")
+            raise UserError(f"{checkpoint} holds the state of step {progress.step}; {go_back}")
         if progress.step > cfg.max_steps:
             raise UserError(f"{run} is at step {progress.step} already, beyond max_steps {cfg.max_steps}")
     model = build_model(cfg, meta["vocab_size"], tokenizer.eot, checkpoint, rt)
@@ -308,7 +335,7 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
     scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
     if checkpoint:
         if not load_optimizer(optimizer, state["optimizer"]) and progress.step:
-            raise UserError(f"{checkpoint} holds the optimizer of another model; delete it to use the one before")
+            raise UserError(f"{checkpoint} holds the optimizer of another model; {go_back}")
         distribute(optimizer)
         scaler.load_state_dict(state["scaler"])
     block_size = model.config.block_size
@@ -335,13 +362,19 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
     )
 
 
-def begin(run: Path, cfg: TrainConfig, checkpoint: Path | None, parts: Parts) -> tuple[MetricsLog, CheckpointWriter]:
+def begin(
+    run: Path, cfg: TrainConfig, checkpoint: Path | None, parts: Parts, stack: ExitStack
+) -> tuple[MetricsLog, CheckpointWriter]:
     """Take possession of the run's folder, and bring what it holds to where the run is.
 
     Raises:
         UserError: another process writes the run, or its metrics.jsonl is damaged.
     """
-    run.mkdir(parents=True, exist_ok=True)
+    stack.callback(lock_run(run).release)
+    refuse_unasked(run, cfg)
+    if checkpoints(run) and not checkpoint:
+        raise UserError(f"another process has trained {run} meanwhile; add --resume to continue it")
+    mark_launch(run)
     progress, settings = parts.progress, run / "config.toml"
     writer = CheckpointWriter(run, parts.tokenizer, cfg.keep_checkpoints, checkpoint)
     log = MetricsLog(run, vars(cfg), progress.step, progress.evaluation_due, cfg.wandb_project)

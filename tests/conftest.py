@@ -18,26 +18,12 @@ from dataset import write_shards
 from tokenizer import load_tokenizer
 
 PAGE = 4096  # in which a tmpfs counts
-TINY = """
-run_name = "tiny"
-n_layer = 2
-n_head = 2
-n_embd = 32
-block_size = 32
-batch_size = 8
-total_batch_size = 512
-max_steps = 12
-learning_rate = 1e-2
-warmup_steps = 2
-dropout = 0.0
-eval_interval = 6
-checkpoint_interval = 4
-keep_checkpoints = 9
-log_interval = 1
-device = "cpu"
-dtype = "float32"
-compile = false
-"""
+ROOT = Path(__file__).resolve().parent.parent
+# The recipe that `python train.py` runs, made small by flags alone: no setting that users have is absent here.
+TINY = [str(ROOT / "configs" / "shakespeare.toml"), "--run_name", "tiny", "--device", "cpu", "--dtype", "float32"]
+TINY += ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--total_batch_size", "512"]
+TINY += ["--max_steps", "12", "--warmup_steps", "2", "--learning_rate", "1e-2", "--log_interval", "1"]
+TINY += ["--eval_interval", "6", "--checkpoint_interval", "4", "--keep_checkpoints", "9"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -48,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to run in, with a small corpus of bytes at data/shakespeare and a config tiny.toml."""
+    """A folder to run in, with a small corpus of bytes at data/shakespeare."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "data" / "shakespeare"
     folder.mkdir(parents=True)
@@ -60,7 +46,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         split: write_shards(folder, split, [np.array([256, *tokenizer.encode(text[split])])], 257) for split in text
     }
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "shards": shards}))
-    (tmp_path / "tiny.toml").write_text(TINY)
     return tmp_path
 
 

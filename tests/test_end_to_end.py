@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
@@ -22,8 +23,6 @@ from dataset import write_shards
 from model import GPT
 from tokenizer import load_tokenizer
 from train import largest_batch, split_batch, train
-
-ROOT = Path(__file__).parent.parent
 
 
 def metrics(run: str) -> list[dict]:
@@ -42,11 +41,11 @@ def script(*args: object, check: bool = True, **environment: str) -> subprocess.
 
 
 def run_tiny(*flags: str) -> None:
-    train(parse_config(["tiny.toml", *flags]))
+    train(parse_config([*TINY, *flags]))
 
 
 def test_train_then_sample(workplace: Path) -> None:
-    done = script(ROOT / "train.py", "tiny.toml")
+    done = script(ROOT / "train.py", *TINY)
     assert "on cpu" in done.stdout and "in float32" in done.stdout
     assert "tok/s" in done.stderr and "loss" in done.stderr, "the progress line shows speed and loss"
     lines = metrics("tiny")
@@ -80,7 +79,7 @@ def test_validation_loss_is_that_of_every_held_out_token(workplace: Path) -> Non
 def test_existing_run_is_never_overwritten(workplace: Path) -> None:
     run_tiny("--max_steps", "2", "--warmup_steps", "1")
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
-    done = script(ROOT / "train.py", "tiny.toml", check=False)
+    done = script(ROOT / "train.py", *TINY, check=False)
     assert done.returncode == 1 and "--resume" in done.stderr and "--run_name" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
@@ -120,7 +119,7 @@ def test_processes_and_accumulation_give_one_curve(workplace: Path, optimizer: s
 
 def torchrun(processes: int, *flags: object) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = script(*launcher, ROOT / "train.py", "tiny.toml", *flags)
+    done = script(*launcher, ROOT / "train.py", *TINY, *flags)
     assert done.stdout.count("a passage it writes") == 1 and "Warning" not in done.stderr
 
 
@@ -202,7 +201,7 @@ def test_bad_input_is_one_sentence(workplace: Path, flags: list[str], expected: 
 
 
 def test_bad_input_ends_the_script_with_one_line(workplace: Path) -> None:
-    done = script(ROOT / "train.py", "tiny.toml", "--data", "data/none", check=False)
+    done = script(ROOT / "train.py", *TINY, "--data", "data/none", check=False)
     assert done.returncode == 1 and re.fullmatch(r"error: there is no data at data/none.*\n", done.stderr)
     assert not Path("out").exists()
 
@@ -249,7 +248,7 @@ def test_sample_bad_input(workplace: Path, flags: list[str], code: int) -> None:
 
 def test_bench_times_the_loop_of_training(workplace: Path) -> None:
     sizes = "n_layer=1 n_head=1 n_embd=8 block_size=16 batch_size=2,4 total_batch_size=64 device=cpu compile=false"
-    command = [ROOT / "bench.py", "train", "tiny.toml", "--set", *sizes.split(), "--steps", 5, "--profile", "t.json"]
+    command = [ROOT / "bench.py", "train", TINY[0], "--set", *sizes.split(), "--steps", 5, "--profile", "t.json"]
     lines = script(*command).stdout.splitlines()
     rates = [float(line.split("|")[2].replace(",", "")) for line in lines if "batch_size=" in line and "|" in line]
     assert len(rates) == 2 and min(rates) > 0

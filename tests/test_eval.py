@@ -424,13 +424,13 @@ def test_bad_data_is_named(
 
 def test_what_does_not_fit_is_named(folder: str, workplace: Path, score: Callable, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"--stride 500 is beyond the model's context of 128 tokens"):
-        score(folder, "--tasks", "loss", "--data", "tiny.toml", "--stride", 500)
+        score(folder, "--tasks", "loss", "--data", "data/shakespeare/meta.json", "--stride", 500)
     with pytest.raises(SystemExit, match="data/shakespeare holds tokens of bytes, this model reads gpt2; name a text"):
         score(folder, "--tasks", "loss", "--data", "data/shakespeare")
     bare = tmp_path / "bare"
     GPT(GPTConfig(8, 50, 1, 1, 8)).save_pretrained(bare)
     with pytest.raises(SystemExit, match="bare holds no tokenizer"):
-        score(bare, "--tasks", "loss", "--data", "tiny.toml")
+        score(bare, "--tasks", "loss", "--data", "data/shakespeare/meta.json")
     load_tokenizer("bytes").save_pretrained(bare)
     with pytest.raises(SystemExit, match="bare has 50 tokens, its tokenizer 257"):
-        score(bare, "--tasks", "loss", "--data", "tiny.toml")
+        score(bare, "--tasks", "loss", "--data", "data/shakespeare/meta.json")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill
+from conftest import ROOT, TINY, fill
 from soak_kill import soak
-from test_end_to_end import ROOT, curve, metrics, run_tiny
+from test_end_to_end import curve, metrics, run_tiny
 
 import train as training
 from checkpoint import CheckpointWriter, checkpoints, damage, load_state
@@ -52,7 +52,7 @@ def assert_same_run(run: str, other: str) -> None:
 
 def start(*flags: str, **environment: str) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, str(ROOT / "train.py"), "tiny.toml", *flags]
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *flags]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
