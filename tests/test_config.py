@@ -10,10 +10,12 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cli import UserError
 from config import TrainConfig, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +81,20 @@ def test_a_switch_needs_no_value(tmp_path: Path, flags: list[str], resume: bool)
         ("lerning_rate = 1", ["lerning_rate", "did you mean learning_rate?"]),
         ("zzz = 1", ["no setting zzz"]),
         ("[model]\nn_layer = 3", ["model.n_layer", "did you mean n_layer?"]),
+        ("a.b = {c.d = 1}", ["no setting a.b.c.d"]),
+        ("config = 'other.toml'", ["no setting config", "first"]),
         ("max_steps = 'abc'", ["max_steps must be a whole number", "abc"]),
+        ("max_steps = '20'", ["max_steps must be a whole number above 0, not '20'"]),
+        ("compile = ''", ["compile must be true or false, not ''"]),
+        ("max_steps = 10000000000000000", ["max_steps must be at most 9,007,199,254,740,992, not 1000"]),
+        ("n_layer = 10001", ["n_layer must be at most 10,000, not 10001"]),
+        (f"seed = 0x{'f' * 9999}", ["seed must be at most 9,0"]),
+        (f"dropout = {'9' * 400}", ["dropout must be a number from 0 to 1"]),
+        (f"learning_rate = {'9' * 400}", ["learning_rate must be finite, not 999"]),
+        (f"seed = {'[' * 60_000}", ["recipe.toml is not valid TOML"]),
+        (f"seed = {'9' * 5000}", ["recipe.toml is not valid TOML"]),
+        (f"seed{'.a' * 2_000} = 1", ["seed must be a whole number"]),
+        ("a = 1" + "#" * 2**16, ["recipe.toml is too long"]),
         ("max_steps = 0", ["max_steps must be a whole number above 0", "0"]),
         ("max_steps = 1.5", ["max_steps must be a whole number", "1.5"]),
         ("max_steps = true", ["max_steps must be a whole number", "True"]),
@@ -87,12 +102,15 @@ def test_a_switch_needs_no_value(tmp_path: Path, flags: list[str], resume: bool)
         ("data = 5", ["data must be text", "5"]),
         ("resume = 1", ["resume must be true or false", "1"]),
         ("n_layer = {a = 1}", ["n_layer must be a whole number"]),
+        ("seed = [1]", ["seed must be a whole number, 0 or more, not [1]"]),
+        ("run_name = 1979-05-27", ["run_name must be text in quotes, not datetime.date(1979, 5, 27)"]),
+        ('data = "a\\u0000"', ["data must be one line of plain text"]),
+        ('wandb_project = "a\\nb"', ["wandb_project must be one line"]),
         ("schedule = 'cosinus'", ["schedule must be one of", "wsd", "cosinus"]),
         ("dropout = 1.5", ["dropout must be a number from 0 to 1", "1.5"]),
         ("learning_rate = -1", ["learning_rate must be a number above 0", "-1"]),
         ("dropout = 1", ["dropout", "below 1"]),
         ("beta2 = 1.0", ["beta2", "below 1"]),
-        ("warmup_steps = 20000", ["warmup_steps 20000 is more than max_steps 19073"]),
         ("min_learning_rate = 0.5", ["min_learning_rate 0.5 is above learning_rate 0.0006"]),
         ("run_name = 'a/b'", ["run_name 'a/b'"]),
         ("run_name = '..'", ["run_name '..'"]),
@@ -123,7 +141,15 @@ def test_a_bad_file_gets_one_sentence(
         (["--compile", "perhaps"], ["compile must be true or false", "perhaps"]),
         (["--schedule", "linea"], ["schedule must be one of", "linea"]),
         (["--learning_rate", "fast"], ["learning_rate must be a number", "fast"]),
-        (["--warmup_steps", "20000"], ["warmup_steps 20000 is more than max_steps"]),
+        (["--max_steps", "-3"], ["max_steps must be a whole number above 0, not -3"]),
+        (["--max_steps", "20.0"], ["max_steps must be a whole number above 0, not 20.0"]),
+        (["--learning_rate", "-1e-3"], ["--learning_rate"]),
+        (["--learning_rate", "nan"], ["learning_rate must be a number above 0, not nan"]),
+        (["--grad_clip", "inf"], ["grad_clip must be finite, not inf"]),
+        (["--data", "-x"], ["--data"]),
+        (["--resume", "0"], ["resume must be true or false, not 0"]),
+        (["--resume", "--"], ["--"]),
+        (["--run_name", "x" * 300 + "/"], ["run_name"]),
         (["--beta1", "1"], ["beta1", "below 1"]),
         (["stray"], ["stray"]),
         (["--config", str(ROOT / "configs" / "gpt2_124m.toml")], ["no setting config", "first"]),
@@ -135,6 +161,67 @@ def test_a_bad_flag_gets_one_sentence(
 ) -> None:
     message = refusal([write(tmp_path, ""), *flags], capsys)
     assert [part for part in wanted if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_steps": 0}, "max_steps must be a whole number above 0, not 0"),
+        ({"max_steps": True}, "max_steps must be a whole number above 0, not True"),
+        ({"learning_rate": np.float64(1e-3)}, "learning_rate must be a number above 0, not np.float64(0.001)"),
+        ({"schedule": "linea"}, "schedule must be one of cosine, linear, wsd, not linea"),
+        ({"data": "a\udcff"}, "data must be one line of plain text, not a\udcff"),
+        ({"warmup_steps": 20, "max_steps": 10}, "warmup_steps 20 is more than max_steps 10"),
+    ],
+)
+def test_settings_made_in_python_are_checked_too(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        TrainConfig(**values)
+    assert str(caught.value) == message
+
+
+def test_a_warmup_longer_than_the_run_is_shortened_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "configs" / "gpt2_124m.toml")
+    config = parse_config([recipe, "--max_steps", "20"])
+    assert (config.max_steps, config.warmup_steps) == (20, 2)
+    said = "warmup_steps 715 is longer than the run of 20 steps; shortened to 2\n"
+    assert capsys.readouterr() == (said, "")
+    assert parse_config([recipe, "--max_steps", "800"]).warmup_steps == 715
+    assert capsys.readouterr() == ("", "")
+
+
+def test_resuming_after_a_shortened_warmup_says_which_flag_goes_on(tmp_path: Path) -> None:
+    """The same command line is the same run; a longer one would warm up for longer, so its warm-up must be given."""
+    before = parse_config(["--max_steps", "20"])
+    assert parse_config(["--max_steps", "20", "--resume"]).check_resumable(before.plain(), tmp_path) == []
+    longer = ["--max_steps", "1000", "--resume"]
+    with pytest.raises(UserError, match=r"warmup_steps 2; now it is warmup_steps 50, .*--warmup_steps 2"):
+        parse_config(longer).check_resumable(before.plain(), tmp_path)
+    notes = parse_config([*longer, "--warmup_steps", "2"]).check_resumable(before.plain(), tmp_path)
+    assert notes[0] == "max_steps was 20, is now 1000"
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "spoken"),
+    [("0", "2", True), ("1", "2", False), ("1", None, True), ("1", "1", True), ("", "", True), ("x", "2", True)],
+)
+def test_one_process_of_a_group_speaks(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: str,
+    world_size: str | None,
+    spoken: bool,
+) -> None:
+    """RANK may also be another launcher's, or empty: then there is no group, and this process speaks."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world_size is not None:
+        monkeypatch.setenv("WORLD_SIZE", world_size)
+    parse_config(["--max_steps", "20"])
+    with pytest.raises(SystemExit):
+        parse_config(["--max_steps", "0"])
+    out, err = capsys.readouterr()
+    assert (bool(out), bool(err)) == (spoken, spoken)
 
 
 def test_a_missing_file_is_named_with_the_nearest_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +241,13 @@ def test_the_command_line_ends_with_code_2_and_no_traceback(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.toml")), ids=lambda path: path.stem)
 def test_every_recipe_is_read_as_written(path: Path) -> None:
+    """As plain values: any other type would go into optimizer state, which checkpoints refuse to load again."""
+    defaults = {name: getattr(TrainConfig, name) for name in FIELDS}
     config = parse_config([str(path)])
+    flagged = parse_config([str(path), *(f"--{name}={value}" for name, value in defaults.items())])
+    assert flagged == TrainConfig()
+    for values in (config.plain(), flagged.plain()):
+        assert [type(value) for value in values.values()] == [type(value) for value in defaults.values()]
     written = tomllib.loads(path.read_text(encoding="utf-8"))
     assert {name: getattr(config, name) for name in written} == written
 
@@ -173,7 +266,7 @@ def test_help_shows_every_setting_with_its_text(capsys: pytest.CaptureFixture[st
     assert [field.target.id for field in body if isinstance(field, ast.AnnAssign)] == FIELDS
 
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+TEXT = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), max_size=12)
 
 
 @st.composite
@@ -191,13 +284,14 @@ def configs(draw: st.DrawFn) -> TrainConfig:
     values["schedule"] = draw(st.sampled_from(["cosine", "linear", "wsd"]))
     values["dtype"] = draw(st.sampled_from(["auto", "float32", "bfloat16", "float16"]))
     values |= {name: draw(TEXT) for name in ("data", "init_from", "wandb_project")}
+    values |= {"n_layer": draw(st.integers(0, 10_000)), "batch_size": draw(st.integers(1, 2**53) | st.just("auto"))}
     values["run_name"] = draw(TEXT.filter(lambda name: name == Path(name).name and name not in ("", "..")))
     return TrainConfig(**values)
 
 
 @given(config=configs())
 @example(TrainConfig())
-@example(TrainConfig(data='C:\\data\\"mine"', run_name="läuft \U0001f680", init_from="a\nb\tc\x7f\x00\x85\u2028"))
+@example(TrainConfig(data='C:\\data\\"mine"', run_name="läuft \U0001f680", init_from="a\xa0b\u3000c\ufeff"))
 @example(TrainConfig(learning_rate=1e22, min_learning_rate=1e-300, grad_clip=5e-324))
 @settings(max_examples=50, deadline=None)
 def test_saved_settings_are_read_back_the_same(tmp_path_factory: pytest.TempPathFactory, config: TrainConfig) -> None:

@@ -12,8 +12,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -413,7 +411,7 @@ def assert_config_or_sentence(argv: list[str]) -> None:
         assert type(config) is TrainConfig and err.getvalue() == ""
         # What the checks of each setting promise to the rest of the program.
         assert config == TrainConfig(**json.loads(json.dumps(config.plain())))
-    assert out.getvalue() == ""
+    assert re.fullmatch(r"(warmup_steps \d+ is longer than [^\n]+\n)?", out.getvalue())
 
 
 @given(mutated=mutations(CONFIG.encode(), text=True))
@@ -423,33 +421,12 @@ def assert_config_or_sentence(argv: list[str]) -> None:
 @example(mutated=b"seed = " + b"{a=" * 1000)
 @example(mutated=b"seed" + b".a" * 400 + b" = 1")
 @example(mutated=b"[" + b"a." * 400 + b"a]\nb = 1")
-@example(mutated=b'config = "fuzz.toml"')
+@example(mutated=b"seed" + b".a" * 2_000 + b" = 1")
+@example(mutated=b"seed = 0x" + b"f" * 20_000)
 def test_a_mutated_config_gives_settings_or_one_sentence(folder: Path, mutated: bytes) -> None:
     path = folder / "fuzz.toml"
     path.write_bytes(mutated)
     assert_config_or_sentence([str(path)])
-
-
-def test_a_config_file_cannot_read_in_another_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`config` is no setting, on the command line or in a file."""
-    monkeypatch.chdir(tmp_path)
-    Path("other.toml").write_text("seed = 7\n")
-    Path("fuzz.toml").write_text('config = "other.toml"\n')
-    with pytest.raises(SystemExit) as caught:
-        parse_config(["fuzz.toml"])
-    assert caught.value.code == 2
-    assert "no setting config" in capsys.readouterr().err
-
-
-def test_deep_brackets_as_a_value_do_not_crash_the_interpreter(tmp_path: Path) -> None:
-    """A parser in C that recurses without a limit ends the process, and would end that of the tests."""
-    script, value = str(Path(train_module.__file__)), "[" * 100_000
-    (tmp_path / "fuzz.toml").write_text(f"resume = '{value}'\n")
-    for arguments in (["fuzz.toml"], [str(Path(script).parent / "configs/shakespeare.toml"), "--resume", value]):
-        done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=tmp_path)
-        assert done.returncode == 2 and re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr[-500:]
 
 
 @pytest.mark.parametrize("number", [2**53, 2**63, 10**25, 10**400], ids=["2**53", "2**63", "10**25", "10**400"])
@@ -495,8 +472,7 @@ ARGUMENTS = st.lists(
 @example(arguments=["--resume", "--"], after_a_file=True)
 @example(arguments=["--data.x", "1"], after_a_file=True)
 def test_random_arguments_give_settings_or_one_sentence(corpus: Path, arguments: list[str], after_a_file: bool) -> None:
-    # These ask for something else than a run, and get it.
-    assume(not any(argument.startswith(("-h", "--help", "--print_config")) for argument in arguments))
+    assume(not any(argument.startswith(("-h", "--help")) for argument in arguments))
     assert_config_or_sentence([str(corpus / "fuzz.toml"), *arguments] if after_a_file else arguments)
 
 
