@@ -1,6 +1,7 @@
 """Turn text into token shards: `python prepare_data.py SOURCE [--tokenizer bytes|gpt2|...] [--name NAME]`."""
 
 import argparse
+import errno
 import functools
 import hashlib
 import itertools
@@ -12,12 +13,13 @@ import re
 import shutil
 import signal
 import sqlite3
+import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -25,15 +27,18 @@ from threading import Thread
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from cli import UserError, count, run_script
-from dataset import SHARD_TOKENS, ShardWriter, file_sha256, open_shard
+from dataset import SHARD_TOKENS, ShardWriter, file_sha256, open_shard, read_meta
 from sources import Piece, files, find_files, hub, plays, split_name
 from tokenizer import Tokenizer, load_tokenizer
 
 TASK_CHARS = 2**20
 TASKS_PER_SAVE = 16
+MAX_PROCESSES = 61  # the most a pool may have on Windows; one reader keeps fewer busy anyway
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what a file system without them says
 
 # Corpora by name: what datasets.load_dataset takes, and which share is held out.
 CORPORA = {
@@ -55,7 +60,9 @@ def parse_arguments() -> argparse.Namespace:
         if name == "shards":
             return sub
         sub.add_argument("--tokenizer", default=tokenizer, help="bytes, gpt2 or another that tiktoken or a folder has")
-        sub.add_argument("--workers", type=count, default=os.cpu_count(), help="processes")
+        cores = os.cpu_count() or 1
+        workers = functools.partial(count, most=1000)
+        sub.add_argument("--workers", type=workers, default=cores, help="processes, at most one per core")
         sub.add_argument("--max_tokens", type=amount, help="end after so many training tokens: 500M, 10B")
         sub.add_argument("--dedup", action="store_true", help="leave out documents that came before")
         if val_share:
@@ -106,17 +113,19 @@ def main(args: argparse.Namespace) -> None:
     folder = new_folder(usual_name if args.name is None else args.name)
     about: dict[str, Any] = {"source": args.source}
     expected_tokens = 0  # not known
-    identity: list[Any] = [getattr(args, "text_column", "text")]
+    from_stdin = False
+    file_stats: list[Any] = []
     if args.source == "shards":
-        return take_shards(args.place, folder)
+        return run_exclusively(folder, {"source": args.place}, functools.partial(take_shards, args.place, folder))
     if args.source == "shakespeare":
         source = plays()
     elif args.source == "text":
         names = find_files(args.paths)
         about["source"] = names
         stats = [Path(name).stat() for name in names if name != "-"]
-        identity += [time.time_ns()] * ("-" in names)  # what comes there now is not what came there before
-        identity += [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        from_stdin = "-" in names
+        file_stats = [time.time_ns()] * from_stdin  # what comes there now is not what came there before
+        file_stats += [[stat.st_size, stat.st_mtime_ns] for stat in stats]
         sizes = [(Path(name).stat().st_size, split_name(Path(name))) for name in names if name != "-"]
         text_bytes = sum(size * (4 if ".parquet" in kinds or kinds[1] else 1) for size, kinds in sizes)
         expected_tokens = text_bytes // (1 if tokenizer == "bytes" else 4)
@@ -130,18 +139,22 @@ def main(args: argparse.Namespace) -> None:
             expected_tokens = int(match[1]) * 10**9
         about["source"] = {"dataset": repository, "split": getattr(args, "split", "train"), **where}
         source = hub(repository, getattr(args, "text_column", "text"), getattr(args, "split", "train"), **where)
-    prepare(
+    loaded = load_tokenizer(tokenizer)
+    work = functools.partial(
+        prepare,
         folder,
-        load_tokenizer(tokenizer),
+        loaded,
         source,
         about,
         val_share=getattr(args, "val_share", 0.1),
-        workers=args.workers,
+        workers=min(args.workers, os.cpu_count() or 1, MAX_PROCESSES),
         max_tokens=args.max_tokens,
         dedup=args.dedup,
         expected_tokens=args.max_tokens or expected_tokens,
-        identity=identity,
+        text_column=getattr(args, "text_column", "text"),
+        file_stats=file_stats,
     )
+    run_exclusively(folder, None if from_stdin else about | {"tokenizer": loaded.name}, work)
 
 
 def new_folder(name: str) -> Path:
@@ -154,8 +167,47 @@ def new_folder(name: str) -> Path:
         raise UserError(f"{name!r} is not a plain folder name; give one with --name")
     folder = Path("data") / name
     if folder.exists():
-        raise UserError(f"{folder} exists already; remove it, or give another name with --name")
+        raise UserError(f"{folder} exists already; give another name with --name")
     return folder
+
+
+def run_exclusively(folder: Path, about: dict[str, Any] | None, work: Callable[[], None]) -> None:
+    """Make a data folder under the lock data/.NAME.lock: no two processes write to one folder.
+
+    If another process holds the lock, wait for it; if it was killed or failed, do the work here.
+
+    Args:
+        about: what meta.json must say for the other process's folder to be what is wanted here; None: nothing does.
+
+    Raises:
+        UserError: the folder is there and holds something else.
+    """
+    path = folder.with_name(f".{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, waited = FileLock(path), False
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waited = True
+            print(f"{folder} is being prepared by another process; waiting for it", file=sys.stderr, flush=True)
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+    try:
+        if waited and about and folder.exists() and about.items() <= read_meta(folder).items():
+            print(f"{folder} was prepared by the other process")
+        else:
+            new_folder(folder.name)
+            work()
+    finally:
+        # Safe only once the folder is there: a process that then locks a new file, while another holds the removed
+        # one, finds the folder and writes nothing. (Windows removes it on release.)
+        if folder.exists():
+            with suppress(OSError):
+                path.unlink()
+        lock.release()
 
 
 @dataclass
@@ -173,6 +225,7 @@ class Progress:
     """How far the preparation of a folder is; what it needs to go on after it was killed."""
 
     recipe: str
+    file_stats: Any = None
     tasks: int = 0
     train_tokens: int = 0
     val_tokens: int = 0
@@ -192,7 +245,8 @@ def prepare(
     max_tokens: int | None = None,
     dedup: bool = False,
     expected_tokens: int = 0,
-    identity: Any = None,
+    text_column: str = "text",
+    file_stats: Any = None,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
     """Write the tokens of a source as shards of both splits and meta.json. Killed and begun again, it goes on.
@@ -206,18 +260,19 @@ def prepare(
         dedup: leave out documents that came before; else they are counted only. (Documents of more than one piece
             are not compared.)
         expected_tokens: for which there must be room on the disk; 0: not known.
-        identity: what else tells this source from others; a killed preparation is gone on with if it is the same.
+        text_column: of the source, which has it already; a killed preparation with other settings is not gone on with.
+        file_stats: of the source; where they have changed, a killed preparation starts over.
 
     Raises:
-        UserError: no text, no room, or a tokenizer without `<|endoftext|>`.
+        UserError: no text, no room, an unfinished preparation with other settings, or no `<|endoftext|>`.
     """
     if tokenizer.eot is None:
         raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token, which begins each document here")
     partial = folder.with_name(f".{folder.name}.partial")
     recipe = json.dumps(
-        [about, identity, tokenizer.name, tokenizer.n_vocab, val_share, max_tokens, dedup, shard_tokens]
+        [about, text_column, tokenizer.name, tokenizer.n_vocab, val_share, max_tokens, dedup, shard_tokens]
     )
-    done, train, val = resume(partial, recipe, tokenizer.n_vocab, shard_tokens)
+    done, train, val = resume(partial, Progress(recipe, file_stats), tokenizer.n_vocab, shard_tokens)
     width = 2 if tokenizer.n_vocab <= 2**16 else 4
     missing = width * (expected_tokens - done.train_tokens) - shutil.disk_usage(partial).free
     if missing > 0:
@@ -246,6 +301,7 @@ def prepare(
             bar.total = max(train.n_tokens, int(train.n_tokens / progress)) if progress else None
             bar.set_postfix_str(f"{task.counts['documents']:,} documents", refresh=False)
             bar.update(train.n_tokens - bar.n)
+        pieces.close()  # closes seen.db, which Windows would not remove while it is open
     if not train.n_tokens:
         raise UserError("there is no text in it")
     save_progress(partial, done, train, val)
@@ -278,18 +334,36 @@ def publish(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
         print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
 
 
-def resume(partial: Path, recipe: str, n_vocab: int, shard_tokens: int) -> tuple[Progress, ShardWriter, ShardWriter]:
+def resume(
+    partial: Path, beginning: Progress, n_vocab: int, shard_tokens: int
+) -> tuple[Progress, ShardWriter, ShardWriter]:
     """Where an earlier preparation of the same stopped, else the beginning, in an empty folder."""
+    progress = unfinished(partial, beginning.recipe)
+    if progress and progress.file_stats == beginning.file_stats:
+        with suppress(UserError):  # killed while the end was held out
+            train = ShardWriter(partial, "train", n_vocab, shard_tokens, progress.train_tokens)
+            return progress, train, ShardWriter(partial, "val", n_vocab, shard_tokens, progress.val_tokens)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return beginning, *(ShardWriter(partial, split, n_vocab, shard_tokens) for split in ("train", "val"))
+
+
+def unfinished(partial: Path, recipe: str) -> Progress | None:
+    """What `save_progress` left in a folder, if anything.
+
+    Raises:
+        UserError: it is of a preparation with other settings.
+    """
     try:
         progress = Progress(**json.loads((partial / "progress.json").read_text(encoding="utf-8")))
-        if progress.recipe != recipe:
-            raise UserError("another preparation")
-        train = ShardWriter(partial, "train", n_vocab, shard_tokens, progress.train_tokens)
-        return progress, train, ShardWriter(partial, "val", n_vocab, shard_tokens, progress.val_tokens)
-    except (OSError, ValueError, TypeError):  # none, another, or killed while the end was held out
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        return Progress(recipe), *(ShardWriter(partial, split, n_vocab, shard_tokens) for split in ("train", "val"))
+    except (FileNotFoundError, ValueError, TypeError):  # none, or a damaged one
+        return None
+    if progress.recipe != recipe:
+        raise UserError(
+            f"{partial} holds an unfinished preparation with other settings; finish it with those, or give this one "
+            f"another name with --name"
+        )
+    return progress
 
 
 def save_progress(partial: Path, progress: Progress, train: ShardWriter, val: ShardWriter) -> None:
@@ -426,6 +500,7 @@ def take_shards(place: str, folder: Path) -> None:
         if not paths:
             raise UserError(f"{place} holds no .bin file for {split}, whose name says {'no ' * (split != 'val')}val")
     partial = folder.with_name(f".{folder.name}.partial")
+    unfinished(partial, recipe="")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     shards: dict[str, list[dict]] = {split: [] for split in splits}
@@ -438,7 +513,7 @@ def take_shards(place: str, folder: Path) -> None:
                 target = partial / f"{split}_{number:06d}.bin"
                 try:
                     os.link(path.resolve(), target)
-                except OSError:  # another file system
+                except (OSError, AttributeError):  # another file system, or one without links
                     shutil.copyfile(path, target)
                 shards[split].append({"file": target.name, "tokens": len(ids), "sha256": file_sha256(target)})
                 bar.update()
