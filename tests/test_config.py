@@ -44,6 +44,7 @@ def test_a_file_sets_and_a_flag_overrides(tmp_path: Path) -> None:
     assert config == TrainConfig(
         n_layer=5, learning_rate=1.0, schedule="wsd", resume=True, data="data/my=own", run_name="123"
     )
+    assert type(config.learning_rate) is float
 
 
 def test_an_empty_file_gives_the_defaults(tmp_path: Path) -> None:
