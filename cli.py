@@ -34,7 +34,7 @@ def nearest(word: str, known: list[str]) -> str:
 def count(text: str, least: int = 1, most: int = 10**9) -> int:
     """The type of an argument: a whole number from `least` to `most`."""
     if not text.isascii() or not text.isdecimal() or int(text[:30]) < least:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number {'above 0' if least else 'of 0 or more'}")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more")
     if len(text) > 30 or int(text) > most:
         raise argparse.ArgumentTypeError(f"{text} is more than {most:,}")
     return int(text)

@@ -384,7 +384,7 @@ def test_signal_breaks_off_hellaswag_and_the_run_goes_on(
         (["--tasks", "winogrande"], "invalid choice: 'winogrande'"),
         (["--tasks", "lambada", "hellaswag", "--data", "x"], "--data is the data of one task"),
         (["--tasks", "loss"], "the task loss needs --data"),
-        (["--tasks", "lambada", "--limit", "0"], "0 is not a whole number above 0"),
+        (["--tasks", "lambada", "--limit", "0"], "0 is not a whole number of 1 or more"),
     ],
 )
 def test_wrong_usage(flags: list[str], expected: str, score: Callable, capsys: pytest.CaptureFixture) -> None:
