@@ -393,6 +393,21 @@ def test_wrong_usage(flags: list[str], expected: str, score: Callable, capsys: p
     assert end.value.code == 2 and expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", ["loss", "hellaswag", "lambada"])
+def test_weights_that_are_no_numbers(
+    task: str, folder: str, hellaswag_rows: list[dict], lambada_rows: list[dict], tmp_path: Path, score: Callable
+) -> None:
+    bad = GPT.from_pretrained(folder)
+    with torch.no_grad():
+        bad.h[1].ln_2.weight[3] = math.nan
+    bad.save_pretrained(tmp_path / "bad")
+    load_tokenizer("gpt2").save_pretrained(tmp_path / "bad")
+    file = write_jsonl(tmp_path / "rows.jsonl", hellaswag_rows if task == "hellaswag" else lambada_rows)
+    with pytest.raises(SystemExit, match=r"bad has values in h\.1\.ln_2\.weight that are not finite"):
+        score(tmp_path / "bad", "--tasks", task, "--data", file, "--limit", 3, "--output", tmp_path / "scores.json")
+    assert not (tmp_path / "scores.json").exists()
+
+
 ROW = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
 
 
