@@ -3,14 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
-import functools
 import gzip
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), 
 
 
 def parse_args() -> argparse.Namespace:
+    few, many = partial(count, most=4096), partial(count, most=10**6)
     parser = argparse.ArgumentParser(description="Measure speed; nothing is printed that this run did not measure.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
     train = commands.add_parser("train", help="tokens per second of train.py's loop, data included, for some settings")
@@ -51,7 +52,7 @@ def parse_args() -> argparse.Namespace:
         metavar="KEY=VALUE,VALUE",
         help="settings of train.py; of several values each is measured: batch_size=4,8 optimizer=adamw,muon",
     )
-    train.add_argument("--steps", type=count, default=10, help="measured, after a fifth as many (default: 10)")
+    train.add_argument("--steps", type=many, default=10, help="measured, after a fifth as many (default: 10)")
     train.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of the first setting, for Perfetto")
     for name in OTHERS:
         train.add_argument(
@@ -60,20 +61,25 @@ def parse_args() -> argparse.Namespace:
     train.set_defaults(run=bench_train)
     sample = commands.add_parser("sample", help="tokens per second of writing text, beside transformers' generate")
     sample.add_argument("--model", choices=SIZES, default="124m", help="size, with random weights (default: 124m)")
-    sample.add_argument("--batch_sizes", type=count, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
-    sample.add_argument("--prompt_tokens", type=count, default=32, help="(default: 32)")
-    sample.add_argument("--new_tokens", type=count, default=128, help="a round (default: 128)")
-    sample.add_argument("--rounds", type=count, default=3, help="medians of so many (default: 3)")
-    sample.add_argument("--dtypes", nargs="+", default=["auto"], help="ours: auto, float32, bfloat16, float16, int8")
+    sample.add_argument("--batch_sizes", type=few, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
+    sample.add_argument("--prompt_tokens", type=few, default=32, help="(default: 32)")
+    new_tokens = partial(count, least=3, most=4096)  # times are of those after the second
+    sample.add_argument("--new_tokens", type=new_tokens, default=128, help="a round (default: 128)")
+    sample.add_argument("--rounds", type=many, default=3, help="medians of so many (default: 3)")
+    dtypes = ["auto", "float32", "bfloat16", "float16", "int8"]
+    sample.add_argument("--dtypes", nargs="+", choices=dtypes, default=["auto"], help="ours (default: auto)")
     sample.add_argument("--device", default="auto")
     sample.add_argument("--compile", action="store_true", help="ours: compiled steps")
     sample.set_defaults(run=bench_sample)
     data = commands.add_parser("data", help="tokens per second of preparing data, beside tiktoken, and of reading it")
-    data.add_argument("--megabytes", type=count, default=120, help="text to prepare (default: 120)")
-    data.add_argument("--workers", type=count, nargs="+", default=[1, 2], help="(default: 1 2)")
-    data.add_argument("--shards", type=count, default=100, help="to read, of 100M tokens each (default: 100)")
+    data.add_argument("--megabytes", type=few, default=120, help="text to prepare (default: 120)")
+    data.add_argument("--workers", type=partial(count, most=256), nargs="+", default=[1, 2], help="(default: 1 2)")
+    data.add_argument("--shards", type=few, default=100, help="to read, of 100M tokens each (default: 100)")
     data.set_defaults(run=bench_data)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.command == "sample" and args.prompt_tokens + args.new_tokens > GPTConfig.block_size:
+        parser.error(f"--prompt_tokens and --new_tokens must be at most {GPTConfig.block_size:,} together")
+    return args
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
@@ -84,6 +90,15 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
+
+
+def peak_memory() -> float:
+    """The most bytes that this process has held, NaN on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Measured(Exception):
@@ -168,9 +183,7 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
     with torch.device("meta"):
         flops = GPT(shape(cfg, read_meta(cfg.data)["vocab_size"])).flops_per_token()
     peak = peak_flops(device)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # on Linux in KiB
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(device)
+    memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     return {
         "rate": rate,
         "slowest": min(rates),
@@ -345,7 +358,7 @@ def bench_sample(args: argparse.Namespace) -> None:
         )
 
 
-@functools.cache
+@cache
 def plain_tiktoken() -> tiktoken.Encoding:
     ranks = load_tokenizer("gpt2").encoding._mergeable_ranks
     return tiktoken.Encoding("gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
@@ -404,12 +417,12 @@ def bench_reading(folder: Path, n_shards: int, shard_tokens: int = 10**8) -> Non
     begin = time.perf_counter()
     next(batches)
     first = time.perf_counter() - begin
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     begin, n = time.process_time(), 2000
     for _ in range(n):
         next(batches)
     rate = n / (time.process_time() - begin)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = (peak_memory() - before) / 2**20
     print(
         f"{n_shards} shards, {n_shards * shard_tokens:,} tokens: opened in {opened * 1e3:.0f} ms, first batch after "
         f"{first * 1e3:.0f} ms; {rate:,.0f} batches of 32 x 1,024 and {rate * 32 * 1024:,.0f} tokens a second of one "
@@ -417,6 +430,9 @@ def bench_reading(folder: Path, n_shards: int, shard_tokens: int = 10**8) -> Non
     )
 
 
+def main(args: argparse.Namespace) -> None:
+    args.run(args)
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_script(lambda: arguments.run(arguments))
+    run_script(lambda: main(parse_args()))

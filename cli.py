@@ -7,7 +7,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 
@@ -34,64 +34,85 @@ def nearest(word: str, known: list[str]) -> str:
 def count(text: str, least: int = 1, most: int = 10**9) -> int:
     """The type of an argument: a whole number from `least` to `most`."""
     if not text.isascii() or not text.isdecimal() or int(text[:30]) < least:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number {'above 0' if least else 'of 0 or more'}")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more")
     if len(text) > 30 or int(text) > most:
         raise argparse.ArgumentTypeError(f"{text} is more than {most:,}")
     return int(text)
 
 
-class SturdyStream:
-    """A standard stream whose failures are nobody's business: a closed terminal or a full disk ends the output only."""
+def as_text(argument: str) -> str:
+    """The type of an argument: what of it is no text, such as bytes that are no UTF-8, becomes U+FFFD."""
+    return argument.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+
+class Output:
+    """Standard output or error. Once it cannot be written, the rest is dropped.
+
+    Args:
+        stream: what it wraps.
+        sturdy: whether a failure is nobody's business; else it ends the program.
+    """
+
+    def __init__(self, stream: TextIO, sturdy: bool):
+        self.stream, self.sturdy = stream, sturdy
 
     def write(self, text: str) -> int:
-        try:
-            return self.stream.write(text)
-        except OSError:
-            return self._give_up(len(text))
+        with self._guard():
+            self.stream.write(text)
+        return len(text)
 
     def flush(self) -> None:
-        try:
+        with self._guard():
             self.stream.flush()
-        except OSError:
-            self._give_up(0)
 
-    def _give_up(self, n: int) -> int:
-        self.stream = open(os.devnull, "w")
-        return n
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # At the file descriptor, so that flushing what is buffered does not fail again as the interpreter exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.sturdy:
+                return
+            if error.errno in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
+                sys.exit(141)  # as SIGPIPE would end it: nobody reads any more, `head` has seen enough
+            raise UserError(f"standard output cannot be written: {error}") from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
 
-def prepare_streams(sturdy: bool) -> None:
-    """Give the process three standard streams that take any text.
+class ClosedInput(io.RawIOBase):
+    """Standard input where the process was started without one."""
 
-    One that is closed becomes os.devnull (or a file opened next would get its number, and what is printed).
-    Characters that the encoding lacks are written as escapes.
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        raise UserError("standard input is closed")
+
+
+def prepare_streams(sturdy: bool) -> None:
+    """Give the process three standard streams that take any text, whatever it was started with.
+
+    Characters that an encoding lacks are written as escapes; bytes that are no text are read as U+FFFD.
 
     Args:
-        sturdy: whether the output is a commentary, whose loss must not end the program.
+        sturdy: whether standard output is a commentary, whose loss must not end the program. Standard error always is.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: this takes its number, or the next file opened would, and get what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         stream = getattr(sys, name)
-        if stream is None:
-            with contextlib.suppress(OSError):
-                os.fstat(number)
-                number = -1  # taken by another file meanwhile
-            if number >= 0:
-                opened = os.open(os.devnull, os.O_RDWR)
-                if opened != number:
-                    os.dup2(opened, number)
-                    os.close(opened)
-            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")
-            setattr(sys, name, stream)
-        if isinstance(stream, io.TextIOWrapper) and name != "stdin":
-            stream.reconfigure(errors="backslashreplace")
-        if sturdy and name != "stdin":
-            setattr(sys, name, SturdyStream(stream))
+        if stream is None and name == "stdin":
+            stream = io.TextIOWrapper(io.BufferedReader(ClosedInput()))
+        elif stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if name == "stdin" else "backslashreplace")
+        setattr(sys, name, stream if name == "stdin" else Output(stream, sturdy or name == "stderr"))
 
 
 def run_script(main: Callable[[], None], sturdy: bool = False) -> None:
@@ -102,18 +123,23 @@ def run_script(main: Callable[[], None], sturdy: bool = False) -> None:
     """
     prepare_streams(sturdy)
     try:
-        main()
-        return sys.stdout.flush()
-    except BrokenPipeError:
-        # Nobody reads any more: `head` has seen enough. What is still to be written is dropped.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        end: str | int = 141  # as SIGPIPE would end it
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # here, where failing still counts
+        return
     except UserError as error:
-        end = f"error: {error}"
+        end: str | int = f"error: {error}"
     except OSError as error:
-        if error.errno not in MACHINE_ERRORS:
+        if not isinstance(error, BrokenPipeError) and error.errno not in MACHINE_ERRORS:
             raise
         end = f"error: {error}"
+    except (MemoryError, RuntimeError) as error:
+        # torch has a RuntimeError of its own for a GPU, and a plain one for a CPU.
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError) and "allocate" not in reason:
+            raise
+        end = f"error: out of memory ({reason}); a smaller batch or model takes less"
     except KeyboardInterrupt:
         end = 130
     sys.exit(end)  # outside `except`, so the traceback no longer keeps resources alive

@@ -5,7 +5,9 @@ Under torchrun the examples are shared among the processes.
 
 import argparse
 import json
+import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,20 @@ from cli import UserError, count, run_script
 from dataset import open_shard, read_meta
 from model import GPT
 from runtime import Runtime, agree, describe, pick_dtype, process_group
-from scoring import HUB, Example, Score, build, check_fit, judge_all, read_rows, read_text, sample, sliding, summarise
+from scoring import (
+    HUB,
+    Example,
+    Score,
+    build,
+    check_fit,
+    judge_all,
+    not_finite,
+    read_rows,
+    read_text,
+    sample,
+    sliding,
+    summarise,
+)
 from tokenizer import Tokenizer, load_tokenizer
 
 SIZES = ("124M", "350M", "774M", "1558M")
@@ -62,7 +77,7 @@ def parse_args() -> argparse.Namespace:
         metavar="TOKENS",
         help="between windows, of loss and wikitext (default: context)",
     )
-    parser.add_argument("--batch_size", type=count, default=16, help="rows of a pass (default: 16)")
+    parser.add_argument("--batch_size", type=partial(count, most=1024), default=16, help="rows of a pass (default: 16)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the scores as JSON")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     parser.add_argument(
@@ -155,12 +170,18 @@ def evaluate(args: argparse.Namespace, rt: Runtime) -> None:
                 return True
 
             scores[task] = summarise(judge_all(model, found, args.batch_size, autocast, rt, show))
+        if any(math.isnan(score.value) for score in scores[task].values()):
+            agree(rt, partial(explain, source, dtype))
     if rt.is_main:
-        print(table(scores))
-        if args.output:
+        if args.output:  # before anything is printed, which can fail
             figures = {task: {name: score._asdict() for name, score in found.items()} for task, found in scores.items()}
             about = {"model": str(source), "limit": args.limit, "stride": args.stride, "dtype": str(dtype)}
             args.output.write_text(json.dumps(about | {"scores": figures}, indent=2) + "\n", encoding="utf-8")
+        print(table(scores))
+
+
+def explain(source: str | Path, dtype: torch.dtype) -> None:
+    raise not_finite(source, str(dtype).removeprefix("torch."))
 
 
 def table(scores: dict[str, dict[str, Score]]) -> str:
@@ -196,5 +217,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_script(lambda: main(arguments))
+    run_script(lambda: main(parse_args()))

@@ -37,6 +37,11 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
+def can_pack() -> bool:
+    """Whether oneDNN takes bfloat16 here; on x86 that needs AVX512 or newer."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
     """kernels.c, compiled for this processor; None but on Linux with AVX512 and a C compiler ($CC, else `cc`)."""
@@ -184,13 +189,14 @@ def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
     """Change a model in place for writing text; it can no longer be trained or saved.
 
     Args:
-        int8: round the weights of all matrix products; else, on a CPU in bfloat16, only lay them out anew.
+        int8: round the weights of all matrix products; else, on a CPU in bfloat16, only lay them out anew, where
+            that is possible.
         compile: its steps are going to be compiled, which lays weights out by itself.
     """
     weight = model.wte.weight
     eager = weight.device.type == "cpu" and not compile
     fast = eager and (int8 or weight.dtype == torch.bfloat16) and kernels() is not None
-    packed = eager and not int8 and weight.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    packed = eager and not int8 and weight.dtype == torch.bfloat16 and can_pack()
     if not (fast or int8 or packed):
         return model
     if eager:

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -540,8 +540,10 @@ class Generation:
         # All but a prompt's last token fill the cache; the last one is the first step's input.
         self.totals = [len(prompt) for prompt in prompts]  # tokens a row has
         longest = max(self.totals)
-        padded = [prompt + [0] * (longest + max_new_tokens - len(prompt)) for prompt in prompts]
-        self.ids = torch.tensor(padded, device=self.device)  # (B, longest + max_new_tokens)
+        ids = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        self.ids = ids.to(self.device)  # (B, longest + max_new_tokens)
         self.rows = torch.arange(len(prompts), device=self.device)
         self.column = torch.tensor(self.totals, device=self.device)  # of `ids`, where a row's next token goes
         max_len = min(longest + max_new_tokens, model.config.block_size)
@@ -658,6 +660,7 @@ def sample_token(
         probs = probs.masked_fill(drop, 0.0)
     cumulated = probs.to(draw.dtype).cumsum(dim=-1)
     column = torch.searchsorted(cumulated, draw[:, None] * cumulated[:, -1:], right=True)  # (B, 1)
+    column = column.clamp(max=cumulated.shape[1] - 1)  # NaNs sort last, and an id beyond the end stops a GPU
     return (column if order is None else order.gather(1, column))[:, 0]
 
 
@@ -784,6 +787,9 @@ def _open_weights(name_or_dir: str | Path, revision: str | None) -> dict[str, Ca
             if not weight_map or not isinstance(weight_map, dict) or {type(v) for v in weight_map.values()} != {str}:
                 raise ModelError(f"{index} has no weight_map from tensors to files")
             shards = sorted(set(weight_map.values()))
+            for path in map(PureWindowsPath, shards):  # it knows both separators and drives
+                if path.anchor or ".." in path.parts:
+                    raise ModelError(f"{index} names {path.as_posix()}, which is outside its folder")
             found = {shard: _find(name_or_dir, shard, revision) for shard in shards}
             for shard, path in found.items():
                 if path is None:

@@ -7,32 +7,43 @@ import math
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from checkpoint import find_model, load_model
-from cli import UserError, count, run_script
+from cli import UserError, as_text, count, run_script
 from inference import kernels, prepare
 from model import Generation
 from runtime import describe, pick_device, pick_dtype
+from scoring import not_finite
 from tokenizer import Tokenizer, load_tokenizer
 
 # Compiling takes about half a minute: on CUDA long texts repay it, on a CPU none does (it gained nothing there).
 COMPILE_FROM_TOKENS = {"cuda": 2000, "cpu": math.inf, "mps": math.inf}
+MOST_TOKENS = 10**8  # of a batch: about 2 GB beside the model and its cache
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write text with a trained or published model.")
     what = parser.add_argument_group("what to write")
     what.add_argument("--model", help="folder of a model or run, or Hugging Face name (default: the newest run)")
-    what.add_argument("--prompt", default="", help="text to continue (default: a document's beginning)")
+    what.add_argument("--prompt", type=as_text, default="", help="text to continue (default: a document's beginning)")
     what.add_argument("--prompts_file", type=Path, metavar="FILE", help="continue each line of a file")
     what.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D ends")
     what.add_argument("--num_samples", type=count, default=1, metavar="N", help="texts a prompt (default: 1)")
-    what.add_argument("--max_new_tokens", type=count, default=500, metavar="N", help="of a text (default: 500)")
-    what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    tokens = partial(count, most=10**6)
+    what.add_argument("--max_new_tokens", type=tokens, default=500, metavar="N", help="of a text (default: 500)")
+    what.add_argument(
+        "--stop",
+        type=as_text,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; repeatable",
+    )
     what.add_argument("--ignore_eot", action="store_true", help="write on after <|endoftext|>")
     how = parser.add_argument_group("how to choose")
     how.add_argument(
@@ -44,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     )
     how.add_argument(
         "--top_k",
-        type=whole,
+        type=partial(count, least=0),
         default=200,
         metavar="K",
         help="choose among the K likeliest tokens; 0: among all (default: 200)",
@@ -56,11 +67,13 @@ def parse_args() -> argparse.Namespace:
         metavar="P",
         help="choose among the likeliest tokens that hold this share of the probability (default: 0.95)",
     )
-    how.add_argument("--seed", type=whole, help="same seed, same text on the same machine and dtype (default: any)")
+    seed = partial(count, least=0, most=2**63 - 1)
+    how.add_argument("--seed", type=seed, help="same seed, same text on the same machine and dtype (default: any)")
     to = parser.add_argument_group("where to")
     to.add_argument("--output", type=Path, metavar="FILE.jsonl", help="write a JSON object a text to this new file")
     to.add_argument("--logprobs", action="store_true", help="with --output: each token and its log-probability")
-    to.add_argument("--batch_size", type=count, default=8, metavar="N", help="texts at a time (default: 8)")
+    rows = partial(count, most=4096)
+    to.add_argument("--batch_size", type=rows, default=8, metavar="N", help="texts at a time (default: 8)")
     on = parser.add_argument_group("on what")
     on.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps (default: auto)")
     on.add_argument(
@@ -77,25 +90,28 @@ def parse_args() -> argparse.Namespace:
         parser.error("--interactive takes neither --prompts_file nor --output")
     if "" in args.stop:
         parser.error("--stop must not be empty")
+    if args.batch_size * args.max_new_tokens > MOST_TOKENS:
+        parser.error(f"--batch_size times --max_new_tokens must be at most {MOST_TOKENS:,}")
     return args
 
 
-def whole(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return int(text)
+def number(argument: str) -> float:
+    try:
+        return float(argument)
+    except ValueError:
+        return math.nan
 
 
-def zero_or_more(text: str) -> float:
-    if not 0 <= float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return float(text)
+def zero_or_more(argument: str) -> float:
+    if not 0 <= number(argument) < math.inf:
+        raise argparse.ArgumentTypeError(f"{argument} is not a number of 0 or more")
+    return number(argument)
 
 
-def share(text: str) -> float:
-    if not 0 < float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return float(text)
+def share(argument: str) -> float:
+    if not 0 < number(argument) <= 1:
+        raise argparse.ArgumentTypeError(f"{argument} is not a number above 0 and at most 1")
+    return number(argument)
 
 
 class RowText:
@@ -142,7 +158,7 @@ class Writer:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        source = find_model(args.model)
+        self.source = source = find_model(args.model)
         self.device = pick_device(args.device)
         int8 = args.dtype == "int8"
         dtype = pick_dtype("auto" if int8 else args.dtype, self.device, training=False)
@@ -155,8 +171,8 @@ class Writer:
             model = load_model(source, dtype=dtype, device=self.device)
         self.model = prepare(model, int8, self.compile)
         self.tokenizer = load_tokenizer(source)
-        kind = "int8" if int8 else str(dtype).removeprefix("torch.")
-        print(f"{source} on {describe(self.device)} in {kind}", file=sys.stderr)
+        self.kind = "int8" if int8 else str(dtype).removeprefix("torch.")
+        print(f"{source} on {describe(self.device)} in {self.kind}", file=sys.stderr)
         self.seed = int(torch.randint(2**62, ())) if args.seed is None else args.seed
 
     def encode(self, prompt: str) -> list[int]:
@@ -188,7 +204,11 @@ class Writer:
         """The continuation of one prompt, piece by piece."""
         generation, (row,) = self.begin([ids], [row_number])
         for _ in range(self.args.max_new_tokens):
-            yield row.add(generation.step()[0].item())
+            tokens, logprobs = generation.step()
+            token = torch.where(logprobs.isfinite(), tokens, -1).item()  # both in one wait for the device
+            if token < 0:
+                raise not_finite(self.source, self.kind)
+            yield row.add(token)
             if row.finish != "length":
                 return
         yield row.close()
@@ -201,6 +221,8 @@ class Writer:
         for _ in range(self.args.max_new_tokens):
             live = list(generation.live)
             for row, token, logprob in zip(live, *(values.tolist() for values in generation.step())):
+                if not math.isfinite(logprob):
+                    raise not_finite(self.source, self.kind)
                 tokens[row].append(token)
                 logprobs[row].append(logprob)
                 rows[row].add(token)
@@ -295,5 +317,4 @@ def sample(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_script(lambda: sample(arguments))
+    run_script(lambda: sample(parse_args()))

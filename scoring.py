@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from checkpoint import load_model
 from cli import UserError
 from model import GPT
 from runtime import Runtime
@@ -93,6 +94,23 @@ def likelihoods(model: GPT, rows: list[Row], autocast: AbstractContextManager) -
     return [Likelihood(*values) for values in zip(sums.tolist(), (right == counts).tolist())]
 
 
+def nonfinite_tensor(model: GPT) -> str | None:
+    """The name of a parameter that holds a NaN or an infinity, or None."""
+    return next((name for name, p in model.named_parameters() if not p.isfinite().all()), None)
+
+
+def not_finite(source: str | Path, kind: str) -> UserError:
+    """Why a model's logits are not finite, found by reading its weights again: checking them all slows every start.
+
+    Args:
+        kind: the dtype that it ran in.
+    """
+    if name := nonfinite_tensor(load_model(source)):
+        return UserError(f"{source} has values in {name} that are not finite; use another checkpoint")
+    advice = "" if kind == "float32" else "; try --dtype float32"
+    return UserError(f"{source} has finite weights, but makes logits that are not finite in {kind}{advice}")
+
+
 def judge_all(
     model: GPT,
     examples: list[Example],
@@ -122,7 +140,7 @@ def judge_all(
             if len(rows) >= batch_size:
                 break
         found = iter(likelihoods(model, rows, autocast))
-        verdicts |= {i: examples[i].judge([next(found) for _ in examples[i].rows]) for i in batch}
+        verdicts |= {i: _judged(examples[i], [next(found) for _ in examples[i].rows]) for i in batch}
         if not progress([verdicts[i] for i in batch]):
             break
     shares = [verdicts]
@@ -131,6 +149,13 @@ def judge_all(
         dist.all_gather_object(shares, verdicts)
     everyones = {i: verdict for share in shares for i, verdict in share.items()}
     return [everyones[i] for i in sorted(everyones)]
+
+
+def _judged(example: Example, found: list[Likelihood]) -> dict[str, tuple[float, float]]:
+    verdict = example.judge(found)
+    if all(math.isfinite(likelihood.logprob) for likelihood in found):
+        return verdict
+    return {metric: (math.nan, n) for metric, (_, n) in verdict.items()}  # a choice among NaNs would look like any
 
 
 def check_fit(examples: list[Example], block_size: int) -> list[Example]:

@@ -5,6 +5,7 @@ import base64
 import csv
 import html
 import json
+import os
 import shutil
 import sys
 import tomllib
@@ -32,14 +33,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import checkpoints, find_model, load_model
-from cli import UserError, run_script
+from cli import UserError, as_text, count, run_script
 from metrics import parsed_line
 from model import GPT
+from scoring import nonfinite_tensor
 from tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "ROMEO:\nBut, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun."
 TOKENS = (" the", " king", " love", " one", " London", " run", "e", "t", "A", "\n", ".", "?")  # six that exist
 MAX_TOKENS = 256  # of a text in a picture
+MOST_IDS, MOST_CHOSEN = 4096, 100  # that --ids and --tokens can name: matplotlib's pictures are below 2**16 pixels
 MARKED = 6  # surprising tokens that are named
 LAYERS = 4  # of attention in a picture
 PASTELS = {153: "#afd7ff", 193: "#d7ffaf", 223: "#ffd7af", 225: "#ffd7ff", 229: "#ffffaf"}  # by a terminal's number
@@ -69,9 +72,13 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw a model, a text in its tokens, and runs.")
     parser.add_argument("model", nargs="?", help="folder of a model or run, or Hugging Face name (default: newest run)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="for pictures and index.html (default: figures)")
-    parser.add_argument("--text", help="what to draw tokens, probabilities and attention of; without --out it is only "
-                        "shown as tokens on the terminal, of MODEL or GPT-2's vocabulary")  # fmt: skip
-    parser.add_argument("--tokens", nargs="+", metavar="TOKEN", help="whose nearest neighbours to show")
+    parser.add_argument(
+        "--text",
+        type=as_text,
+        help="what to draw tokens, probabilities and attention of; without --out it is only shown as tokens on the "
+        "terminal, of MODEL or GPT-2's vocabulary",
+    )
+    parser.add_argument("--tokens", nargs="+", type=as_text, metavar="TOKEN", help="whose nearest neighbours to show")
     parser.add_argument("--ids", nargs="+", type=id_range, default=[], metavar="FIRST-LAST", help="to show as tokens")
     parser.add_argument("--layer", type=int, default=0, metavar="N", help="whose weights, and first whose attention")
     parser.add_argument("--head", type=head_number, default=0, metavar="N", help="of attention, or all (default: 0)")
@@ -81,13 +88,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def id_range(text: str) -> range:
-    first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
+def id_range(argument: str) -> range:
+    first, _, last = argument.partition("-")
+    return range(count(first, least=0), count(last or first, least=0) + 1)
 
 
-def head_number(text: str) -> int | None:
-    return None if text == "all" else int(text)
+def head_number(argument: str) -> int | None:
+    return None if argument == "all" else int(argument)
 
 
 @dataclass(frozen=True)
@@ -160,17 +167,18 @@ def lines_of(widths: Sequence[float], columns: float) -> Iterator[list[int]]:
 
 
 def print_tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
-    """Tokens with their ids beneath, coloured where the output is a terminal."""
+    """Tokens with their ids beneath, coloured on a terminal unless NO_COLOR is set."""
     labels = [label(tokenizer, token) for token in ids]
     shown = [sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text) for text in labels]  # columns it takes
     widths = [max(n, len(str(token))) for n, token in zip(shown, ids)]
     colours = list(PASTELS)
+    coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for line in lines_of([width + 1 for width in widths], shutil.get_terminal_size().columns):
         above = ""
         for i in line:
             cell = labels[i] + " " * (widths[i] - shown[i])
             colour = colours[i % len(colours)]
-            above += f"\x1b[30;48;5;{colour}m{cell}\x1b[0m " if sys.stdout.isatty() else f"{cell} "
+            above += f"\x1b[30;48;5;{colour}m{cell}\x1b[0m " if coloured else f"{cell} "
         print(above.rstrip())
         print(" ".join(str(ids[i]).ljust(widths[i]) for i in line).rstrip())
     print(f"{len(ids)} tokens of {tokenizer.name}", file=sys.stderr)
@@ -839,8 +847,8 @@ def load(args: argparse.Namespace) -> Subject:
     model = load_model(source, dtype=torch.float32)
     tokenizer = load_tokenizer(source)
     config = model.config
-    if bad := [name for name, p in model.named_parameters() if not p.isfinite().all()]:
-        raise UserError(f"{source} has values in {bad[0]} that are not finite; there is nothing to draw")
+    if bad := nonfinite_tensor(model):
+        raise UserError(f"{source} has values in {bad} that are not finite; there is nothing to draw")
     if not 0 <= args.layer < config.n_layer:
         raise UserError(f"there is no layer {args.layer}; {source} has layers 0 to {config.n_layer - 1}")
     if args.head is not None and not 0 <= args.head < config.n_head:
@@ -848,6 +856,8 @@ def load(args: argparse.Namespace) -> Subject:
     for part in args.ids:
         if not part or part[-1] >= tokenizer.n_vocab:
             raise UserError(f"--ids {part.start}-{part.stop - 1} is no range of the ids 0 to {tokenizer.n_vocab - 1}")
+    if (n := sum(map(len, args.ids))) > MOST_IDS:
+        raise UserError(f"--ids names {n:,} ids; {MOST_IDS:,} fit a picture")
     ids = encode(tokenizer, TEXT if args.text is None else args.text)
     limit = min(MAX_TOKENS, config.block_size)
     if len(ids) > limit:
@@ -855,6 +865,8 @@ def load(args: argparse.Namespace) -> Subject:
             print(f"the text is longer than {limit} tokens; its last {limit} are shown", file=sys.stderr)
         ids = ids[-limit:]
     chosen = [found[0] for text in TOKENS if len(found := tokenizer.encode(text)) == 1][:6] or ids[:1]
+    if len(args.tokens or ()) > MOST_CHOSEN:
+        raise UserError(f"--tokens names {len(args.tokens)} tokens; {MOST_CHOSEN} fit a picture")
     if args.tokens:
         found = [tokenizer.encode(text, allow_eot=True) for text in args.tokens]
         for text, made in zip(args.tokens, found):
@@ -900,5 +912,4 @@ def visualize(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_args()
-    run_script(lambda: visualize(arguments))
+    run_script(lambda: visualize(parse_args()))

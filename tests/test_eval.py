@@ -384,13 +384,28 @@ def test_signal_breaks_off_hellaswag_and_the_run_goes_on(
         (["--tasks", "winogrande"], "invalid choice: 'winogrande'"),
         (["--tasks", "lambada", "hellaswag", "--data", "x"], "--data is the data of one task"),
         (["--tasks", "loss"], "the task loss needs --data"),
-        (["--tasks", "lambada", "--limit", "0"], "0 is not a whole number above 0"),
+        (["--tasks", "lambada", "--limit", "0"], "0 is not a whole number of 1 or more"),
     ],
 )
 def test_wrong_usage(flags: list[str], expected: str, score: Callable, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         score("gpt2", *flags)
     assert end.value.code == 2 and expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["loss", "hellaswag", "lambada"])
+def test_weights_that_are_no_numbers(
+    task: str, folder: str, hellaswag_rows: list[dict], lambada_rows: list[dict], tmp_path: Path, score: Callable
+) -> None:
+    bad = GPT.from_pretrained(folder)
+    with torch.no_grad():
+        bad.h[1].ln_2.weight[3] = math.nan
+    bad.save_pretrained(tmp_path / "bad")
+    load_tokenizer("gpt2").save_pretrained(tmp_path / "bad")
+    file = write_jsonl(tmp_path / "rows.jsonl", hellaswag_rows if task == "hellaswag" else lambada_rows)
+    with pytest.raises(SystemExit, match=r"bad has values in h\.1\.ln_2\.weight that are not finite"):
+        score(tmp_path / "bad", "--tasks", task, "--data", file, "--limit", 3, "--output", tmp_path / "scores.json")
+    assert not (tmp_path / "scores.json").exists()
 
 
 ROW = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}

@@ -14,7 +14,16 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import inference
-from inference import Int8Linear, KernelBlock, KernelLinear, PackedLinear, kernels, prepare, round_to_int8
+from inference import (
+    Int8Linear,
+    KernelBlock,
+    KernelLinear,
+    PackedLinear,
+    can_pack,
+    kernels,
+    prepare,
+    round_to_int8,
+)
 from model import GPT, Generation, GPTConfig, KVCache, Past, sample_token
 
 SMALL = GPTConfig(block_size=12, vocab_size=41, n_layer=2, n_head=2, n_embd=8, initializer_range=0.5)
@@ -268,6 +277,7 @@ def test_compiled_steps_write_the_same() -> None:
 
 MIDDLE = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=64, initializer_range=0.1)
 
+needs_packing = pytest.mark.skipif(not can_pack(), reason="takes a processor whose bfloat16 oneDNN supports")
 needs_kernels = pytest.mark.skipif(kernels() is None, reason="takes Linux, AVX512 and a C compiler")
 
 
@@ -284,7 +294,10 @@ def test_kernels_are_there_or_not_without_a_word(monkeypatch: pytest.MonkeyPatch
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("kind", [pytest.param(KernelLinear, marks=needs_kernels), PackedLinear])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(KernelLinear, marks=needs_kernels), pytest.param(PackedLinear, marks=needs_packing)],
+)
 @torch.no_grad()
 def test_weights_laid_out_anew_give_the_same_logits(kind: type, request: pytest.FixtureRequest) -> None:
     """In bfloat16, whose rounding is 2**-8 of a value: all paths are as near to exact arithmetic."""
@@ -292,10 +305,7 @@ def test_weights_laid_out_anew_give_the_same_logits(kind: type, request: pytest.
         request.getfixturevalue("no_kernels")
     exact = network(MIDDLE).bfloat16().double()
     plain, packed = network(MIDDLE).bfloat16(), network(MIDDLE).bfloat16()
-    try:
-        prepare(packed)
-    except (AttributeError, RuntimeError) as error:
-        pytest.skip(f"this build of PyTorch cannot pack: {error}")
+    prepare(packed)
     assert type(packed.get_submodule("h.0.block.mlp.c_fc" if kind is KernelLinear else "h.0.mlp.c_fc")) is kind
     assert type(packed.lm_head) is kind
     for shape in ((1, 1), (3, 1), (2, 32), (7, 31)):
@@ -305,6 +315,20 @@ def test_weights_laid_out_anew_give_the_same_logits(kind: type, request: pytest.
         assert errors[1] < 1.5 * errors[0] < 0.05
         if kind is KernelLinear:
             assert errors[1] < 1e-5  # nothing but the weights is in bfloat16
+
+
+@pytest.mark.usefixtures("no_kernels")
+@torch.no_grad()
+def test_bfloat16_works_where_its_weights_cannot_be_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq")
+
+    for op in ("_reorder_linear_weight", "_linear_pointwise"):
+        monkeypatch.setattr(torch.ops.mkldnn, op, refuse)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    model, idx = network(MIDDLE).bfloat16(), torch.randint(300, (2, 32))
+    expected, _ = model(idx)
+    assert torch.equal(prepare(model)(idx)[0], expected)
 
 
 @needs_kernels

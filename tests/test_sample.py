@@ -1,19 +1,18 @@
 """The command line that writes text, with a model whose texts and probabilities are known by hand."""
 
-import fcntl
 import io
 import json
 import math
 import os
-import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cli import UserError
 from model import GPT, GPTConfig
 from sample import RowText, Writer, parse_args, sample
 from tokenizer import load_tokenizer
@@ -82,7 +82,7 @@ def writer(model: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Writer]
 
 def script(model: str, *flags: object) -> subprocess.CompletedProcess:
     command = [sys.executable, SCRIPT, "--model", model, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=60)
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=300)
 
 
 def lines(path: Path) -> list[dict]:
@@ -294,6 +294,42 @@ def test_dtypes_write_this_models_text_alike(
     assert seen.out == expected.out and len(set(seen.out)) > 4
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("flags", [[], ["--temperature", 0], ["--top_k", 0], ["--dtype", "bfloat16"], ["--output"]])
+def test_weights_that_are_no_numbers(
+    value: float, flags: list[object], model: str, run: Callable[..., None], tmp_path: Path
+) -> None:
+    bad = GPT.from_pretrained(model)
+    with torch.no_grad():
+        bad.h[0].mlp.c_fc.bias[3] = value
+    bad.save_pretrained(tmp_path / "bad")
+    load_tokenizer("bytes").save_pretrained(tmp_path / "bad")
+    flags = [*flags, tmp_path / "out.jsonl"] if flags == ["--output"] else flags
+    with pytest.raises(UserError, match=r"bad has values in h\.0\.mlp\.c_fc\.bias that are not finite"):
+        run("--model", tmp_path / "bad", "--prompt", "a", *flags)
+
+
+def test_weights_too_large_for_the_dtype(model: str, run: Callable[..., None], tmp_path: Path) -> None:
+    large = GPT.from_pretrained(model)
+    with torch.no_grad():
+        large.lm_head.weight *= 1e5
+    large.save_pretrained(tmp_path)
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"finite weights, but .* not finite in float16; try --dtype float32"):
+        run("--model", tmp_path, "--prompt", "a", "--dtype", "float16")
+
+
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("shard", ["../x", "/tmp/x", "a/../../x", r"..\x", "C:x"])
+def test_shards_outside_the_folder(kind: str, shard: str, model: str, run: Callable[..., None], tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "x")
+    index = {"weight_map": {"wte.weight": shard}}
+    (tmp_path / "model" / f"{kind}.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json names .*x, which is outside its folder"):
+        run("--model", tmp_path / "model")
+
+
 @pytest.mark.parametrize("content", [None, b"caf\xe9\n", b""])
 def test_no_prompts(content: bytes | None, run: Callable[..., None], tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
@@ -345,6 +381,7 @@ class Session:
     """The program on a terminal of its own."""
 
     def __init__(self, *command: object):
+        pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
         self.terminal, theirs = pty.openpty()
         self.process = subprocess.Popen(
             list(map(str, command)),
@@ -360,11 +397,12 @@ class Session:
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
-    def read(self, until: str, seconds: float = 30) -> str:
+    def read(self, until: str, seconds: float = 300) -> str:
         """What is shown from now on, up to and with `until`; "" waits for the end of the program."""
         shown, deadline = b"", time.monotonic() + seconds
         while not (until and until in shown.decode("utf-8", errors="ignore")):
-            assert select.select([self.terminal], [], [], max(0, deadline - time.monotonic()))[0], shown[-500:]
+            if not select.select([self.terminal], [], [], max(0, deadline - time.monotonic()))[0]:
+                raise TimeoutError(shown[-500:])
             try:
                 # A byte at a time, so that nothing after `until` is taken.
                 part = os.read(self.terminal, 1)
@@ -405,12 +443,14 @@ def test_interactive(session: Session, writer: Callable[..., Writer]) -> None:
     assert session.read("\n> ") == f"é\né{answers[1]}\n> "
     session.type("half a line")
     session.read("half a line")
-    time.sleep(0.2)  # as a hand does: Python's input() can miss a Ctrl-C in the midst of other keys
-    session.type("\x03")
-    session.read("\n> ")
+    for seconds in (1, 1, 1, 300):
+        session.type("\x03")
+        with suppress(TimeoutError):  # Python's input() can miss a Ctrl-C in the midst of other keys
+            session.read("\n> ", seconds)
+            break
     session.type("\x04")
     session.read("")
-    assert session.process.wait(timeout=10) == 0, "Ctrl-D ends"
+    assert session.process.wait(timeout=300) == 0, "Ctrl-D ends"
 
 
 def test_ctrl_c_ends_what_is_not_interactive(model: str) -> None:
@@ -418,7 +458,7 @@ def test_ctrl_c_ends_what_is_not_interactive(model: str) -> None:
     session.read("b" * 50)
     session.process.send_signal(signal.SIGINT)
     rest = session.read("")
-    assert session.process.wait(timeout=10) == 130 and "Traceback" not in rest
+    assert session.process.wait(timeout=300) == 130 and "Traceback" not in rest
     os.close(session.terminal)
 
 
@@ -427,7 +467,7 @@ def test_a_reader_who_has_seen_enough_ends_it_without_a_word(model: str) -> None
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
     assert process.stdout.read(5) == b"cbbbb"
     process.stdout.close()
-    assert process.wait(timeout=30) == 141
+    assert process.wait(timeout=300) == 141
     assert b"rror" not in process.stderr.read() and not process.stderr.close()
 
 
