@@ -47,6 +47,7 @@ DRIVER = """\
 import functools
 import os
 import sys
+import threading
 import time
 
 import prepare_data
@@ -63,7 +64,10 @@ if __name__ == "__main__":
         for number, task in enumerate(tasks(*args)):
             if hold and number == 6:
                 print("held", flush=True)
+                deadline = threading.Timer(60, os._exit, [3])  # so that a test fails rather than hangs
+                deadline.start()
                 sys.stdin.read()
+                deadline.cancel()
             time.sleep(pause)
             yield task
 
@@ -388,6 +392,18 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
     assert len(meta["shards"]["train"]) > 3 and len(meta["shards"]["val"]) >= 1 and meta["duplicates"] > 20
     train, val = documents(tmp_path / "data" / "1", "train"), documents(tmp_path / "data" / "1", "val")
     assert len(val) > 10 and Counter(train + val) == Counter(texts)
+
+
+def test_no_more_workers_are_started_than_there_are_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.txt").write_text("to be or not")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "text", "one.txt", "--workers", "999"])
+    started: list[int] = []
+    monkeypatch.setattr(prepare_data, "prepare", lambda *args, workers, **settings: started.append(workers))
+    for cores in (3, 1000, None):
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        prepare_data.main(prepare_data.parse_arguments())
+    assert started == [3, 61, 1]
 
 
 def test_dedup_with_workers_leaves_out_what_it_does_alone(tmp_path: Path) -> None:
