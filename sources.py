@@ -280,7 +280,9 @@ def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> I
                 columns = ", ".join(row)
                 raise UserError(f"{dataset}, row {number}: no text under {text_column!r}; --text_column of: {columns}")
             yield from pieces([row[text_column]], number / known if known else 0.0)
-    except (DatasetsError, HfHubHTTPError, OSError) as error:
+    except UserError:
+        raise
+    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:  # ValueError: a wrong split or configuration
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the dataset {dataset} cannot be had: {reason}") from error
     finally:

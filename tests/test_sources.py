@@ -6,6 +6,9 @@ import io
 import json
 import lzma
 import os
+import random
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -224,6 +227,22 @@ def test_a_dash_is_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused("-") == "standard input, line 2: byte 0xff is not UTF-8; convert the file"
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_spawn"), reason="needs a shell that closes and opens streams by number")
+@pytest.mark.parametrize(
+    ("stream", "message"),
+    [
+        ("<&-", "standard input is closed; pipe text into it, or name files instead of -"),
+        ("0>here.txt", "standard input cannot be read to its end: .+"),
+    ],
+)
+def test_a_standard_input_that_is_closed_or_cannot_be_read_is_said(tmp_path: Path, stream: str, message: str) -> None:
+    script = Path(sources.__file__).with_name("prepare_data.py")
+    command = f'exec "{sys.executable}" "{script}" text - --tokenizer bytes {stream}'
+    ended = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert re.fullmatch(f"error: {message}", ended.stderr.splitlines()[-1])
+
+
 # Finding files
 
 
@@ -316,7 +335,8 @@ def test_a_parquet_file_without_the_column_or_with_nulls_is_refused(tmp_path: Pa
     assert refused(path, "id") == f"{path}, row 1: no text under 'id'"
 
 
-NOISE = json.dumps({"text": os.urandom(100_000).hex()}).encode() + b"\n"  # hard to compress: several blocks
+# Several blocks, as it does not compress well.
+NOISE = json.dumps({"text": random.Random(0).randbytes(100_000).hex()}).encode() + b"\n"
 
 
 @pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
