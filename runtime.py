@@ -136,7 +136,8 @@ def place_in_group() -> tuple[int, int, int]:
         return 0, 0, 1
     number["LOCAL_RANK"] = number["LOCAL_RANK"] or "0"  # one process a node needs none
     for name, text in number.items():
-        if not (text.isascii() and text.isdecimal()) or (name == "RANK" and int(text) >= int(number["WORLD_SIZE"])):
+        whole = text.isascii() and text.isdecimal()
+        if not whole or (int(text) == 0 if name == "WORLD_SIZE" else int(text) >= int(number["WORLD_SIZE"])):
             raise UserError(
                 f"{name} is {text!r} in the environment, with WORLD_SIZE {number['WORLD_SIZE']}: start several "
                 f"processes with torchrun, or unset WORLD_SIZE for one"

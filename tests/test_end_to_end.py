@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from checkpoint import checkpoints, load_state
+from cli import UserError, run_script
 from config import parse_config
 from dataset import write_shards
 from model import GPT
+from runtime import place_in_group
 from tokenizer import load_tokenizer
 from train import largest_batch, split_batch, train
 
@@ -83,6 +85,59 @@ def test_existing_run_is_never_overwritten(workplace: Path) -> None:
     assert done.returncode == 1 and "--resume" in done.stderr and "--run_name" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+def test_resume_without_a_checkpoint_says_where_it_begins(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    run_tiny("--max_steps", "2", "--resume")
+    assert capsys.readouterr().out.startswith("out/tiny has no checkpoint yet: beginning at step 0\n")
+
+
+@pytest.mark.parametrize("lost", ["each", "folder"])
+def test_resume_never_begins_again_where_checkpoints_are_lost(workplace: Path, lost: str) -> None:
+    run_tiny("--max_steps", "8")
+    for path in checkpoints(Path("out/tiny")) if lost == "each" else [Path("out/tiny/checkpoints")]:
+        shutil.rmtree(path)
+    before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"out/tiny had come to step_00000008, but no checkpoint of it is left"):
+        run_tiny("--max_steps", "8", "--resume")
+    assert before == {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+
+
+def test_two_first_runs_at_once_share_one_preparation(tmp_path: Path) -> None:
+    """With variables that another launcher left behind, too: a process without torchrun is rank 0 of 1."""
+    flags = [*TINY[1:], "--max_steps", "2", "--warmup_steps", "1", "--eval_tokens", "512"]
+    command = [sys.executable, str(ROOT / "train.py"), *flags, "--run_name"]
+    strays = {"a": {"RANK": "1", "LOCAL_RANK": "3"}, "b": {"WORLD_SIZE": "", "RANK": ""}}
+    runs = [
+        subprocess.Popen([*command, name], cwd=tmp_path, env=os.environ | stray, stderr=subprocess.PIPE, text=True)
+        for name, stray in strays.items()
+    ]
+    errors = [run.communicate(timeout=240)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], errors
+    assert len(list((tmp_path / "out").glob("*/checkpoints/step_00000002/model.safetensors"))) == 2
+
+
+@pytest.mark.parametrize(
+    "environment", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "2"}, {"WORLD_SIZE": "0"}]
+)
+def test_half_a_launcher_is_told_what_is_wrong(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"in the environment, with WORLD_SIZE .*torchrun"):
+        place_in_group()
+
+
+def test_a_bug_keeps_its_traceback(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that who hacks the network sees where it broke."""
+
+    def forward(self: GPT, *args: object) -> None:
+        _, _ = 1, 2, 3
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    with pytest.raises(ValueError, match="too many values to unpack"):
+        run_script(lambda: run_tiny(), sturdy=True)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -401,7 +401,7 @@ def test_no_more_workers_are_started_than_there_are_cores(tmp_path: Path, monkey
     started: list[int] = []
     monkeypatch.setattr(prepare_data, "prepare", lambda *args, workers, **settings: started.append(workers))
     for cores in (3, 1000, None):
-        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         prepare_data.main(prepare_data.parse_arguments())
     assert started == [3, 61, 1]
 
