@@ -80,7 +80,7 @@ class ShardWriter:
     def sync(self) -> None:
         """Have the disk hold what was added."""
         if self.n_tokens % self.shard_tokens:
-            with self._path(self.n_tokens // self.shard_tokens).open("rb") as file:
+            with self._path(self.n_tokens // self.shard_tokens).open("r+b") as file:
                 os.fsync(file.fileno())
 
     def finish(self) -> list[dict]:
