@@ -400,13 +400,8 @@ def test_no_more_workers_are_started_than_there_are_cores(tmp_path: Path, monkey
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "text", "one.txt", "--workers", "999"])
     started: list[int] = []
     monkeypatch.setattr(prepare_data, "prepare", lambda *args, workers, **settings: started.append(workers))
-<<<<<<< HEAD
-    for cores in (3, 1000, None):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-=======
     for cores in (3, 1000):
         monkeypatch.setattr(os, "cpu_count", functools.partial(int, cores))
->>>>>>> fa5689207e6e311a1f97c1756b4b53a44af91195
         prepare_data.main(prepare_data.parse_arguments())
     assert started == [3, 61]
 
