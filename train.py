@@ -608,5 +608,4 @@ def versions() -> str:
 
 
 if __name__ == "__main__":
-    config = parse_config(sys.argv[1:])
-    run_script(lambda: train(config), sturdy=True)
+    run_script(lambda: train(parse_config(sys.argv[1:])), sturdy=True)
