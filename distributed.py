@@ -220,6 +220,8 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
 def meet(rank: int, world_size: int, timeout: float) -> Peers:
     """Raises UserError: the others are not to be found."""
     try:
+        if host := os.environ.get("MASTER_ADDR"):
+            socket.getaddrinfo(host, None)  # torch would try to for as long as the timeout, with a C++ stack each time
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout)))
     except (RuntimeError, ValueError, OSError) as error:
         at = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR')}:{os.environ.get('MASTER_PORT', 'MASTER_PORT')}"
@@ -248,7 +250,7 @@ def leave_group(rt: Runtime) -> None:
 def first_line(error: Exception) -> str:
     """The first sentence of what a library says, without its marks of place."""
     lines = re.sub(r"^\[\S*\] ", "", str(error).strip()).splitlines()
-    return lines[0].partition(". ")[0] if lines else type(error).__name__
+    return lines[0].partition(". ")[0].rstrip(".") if lines else type(error).__name__
 
 
 def program_version() -> str:

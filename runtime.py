@@ -120,11 +120,18 @@ class StopSignals(AbstractContextManager):
     """Within it SIGTERM, SIGINT and SIGUSR1 ask for an end: `signum` is the number of the first, 0 before.
 
     A second one ends the process at once; a thread sees to that, as the main one may be waiting in a library.
-    Schedulers signal a process directly and through its launcher, so signals within a second count as one.
+    Schedulers signal a process directly and through its launcher, so signals within a second count as one. A torchrun
+    that is gone, which would have passed signals on, counts as SIGTERM.
+
+    Args:
+        launcher: the process number that torchrun had when this process started.
     """
 
     # Windows has no SIGUSR1.
     KINDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+
+    def __init__(self, launcher: int):
+        self.launcher = launcher
 
     def __enter__(self) -> "StopSignals":
         self.signum = 0
@@ -142,14 +149,13 @@ class StopSignals(AbstractContextManager):
         self.outlet.close()
 
     def _watch(self) -> None:
-        launcher = os.getppid()
         self.inlet.settimeout(1)
         while True:
             try:
                 received = self.inlet.recv(1)
             except TimeoutError:
                 # torchrun ends its processes before itself, unless it was killed: then nobody else would end these.
-                if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher and not self.signum:
+                if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.launcher and not self.signum:
                     self.signum, first = signal.SIGTERM, time.monotonic()
                 continue
             if not received:

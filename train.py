@@ -95,28 +95,29 @@ class Parts:
 
 def train(cfg: TrainConfig) -> None:
     """One training run, in this process or in a group of processes."""
+    launcher = os.getppid()
     with process_group(cfg.device, cfg.timeout) as rt, ExitStack() as stack:
-        stop = train_in_group(cfg, rt, stack)
+        stop = train_in_group(cfg, rt, stack, launcher)
     if stop:
         sys.exit(128 + stop)
 
 
-def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
+def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack, launcher: int) -> int:
     """One training run, from the data to a passage written by the trained model; returns the signal that stopped it.
 
     Args:
         stack: what it holds of the run's folder is let go when the stack is left.
+        launcher: the number of the process that started this one.
     """
     say = print if rt.is_main else lambda *_: None
     run = Path("out") / cfg.run_name
-    dtype = pick_dtype(cfg.dtype, rt.device)
-    same_everywhere(rt, {**cfg.decisive(), "dtype as resolved": str(dtype)})
+    same_everywhere(rt, {**cfg.decisive(), "dtype as resolved": str(pick_dtype(cfg.dtype, rt.device))})
     checkpoint = open_run(run, cfg, rt, stack)
     if cfg.resume and not checkpoint:
         say(f"{run} has no checkpoint yet: beginning at step 0")
     prepare_default_corpus(cfg, rt)
     with all_ranks_or_none(rt):
-        parts = load(cfg, run, checkpoint, dtype, rt)
+        parts = load(cfg, run, checkpoint, rt)
     model, optimizer, scaler, progress = parts.model, parts.optimizer, parts.scaler, parts.progress
     log = writer = None
     with all_ranks_or_none(rt):
@@ -169,7 +170,7 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
         rt.peers.training = True
     common_steps = min(rt.all_gather(parts.accumulation_steps))  # micro-steps that all processes make
     ask_others = True  # between micro-steps, whether they got a signal; after the first step only where these are slow
-    with StopSignals() as signals, closing(batches), bar, writer or nullcontext():
+    with StopSignals(launcher) as signals, closing(batches), bar, writer or nullcontext():
         if rt.world_size == 1 and forward.__class__ is Loss:  # not compiled
             interruptible(model, signals)
         while True:
@@ -390,7 +391,7 @@ def prepare_default_corpus(cfg: TrainConfig, rt: Runtime) -> None:
                     raise UserError(f"{cfg.data} could not be prepared; see above")
 
 
-def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, dtype: torch.dtype, rt: Runtime) -> Parts:
+def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> Parts:
     """Everything a run needs, checked.
 
     Raises:
@@ -436,6 +437,7 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, dtype: torch.dtyp
     same_everywhere(rt, {"fingerprint of the data": data_fingerprint[:12], "sum of the weights": weights})
     if rt.world_size > 1 and cfg.parallel != "ddp":
         shard(model, cfg.parallel, getattr(torch, cfg.reduce_dtype))
+    dtype = pick_dtype(cfg.dtype, rt.device)
     optimizer = make_optimizer(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, cfg.beta1, cfg.beta2)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
     if checkpoint:

@@ -21,7 +21,7 @@ import train as training
 from checkpoint import CheckpointWriter, checkpoints, damage, load_state
 from cli import UserError
 from metrics import MetricsLog
-from model import GPT
+from model import GPT, Block
 
 
 @pytest.fixture(autouse=True)
@@ -83,18 +83,76 @@ def test_signal_saves_and_the_run_goes_on_exactly(workplace: Path) -> None:
 
 
 def test_second_signal_ends_at_once(workplace: Path) -> None:
-    """A step of minutes: the first signal waits for its end, the second does not."""
-    process = start("--total_batch_size", str(2**25), "--checkpoint_interval", "1")
+    """Where the first is not obeyed: an update of minutes is not broken off."""
+    hang = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import optim, train; from config import parse_config; "
+    )
+    hang += "optim.Muon.step = lambda self: time.sleep(120); train.train(parse_config(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", hang, *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not Path("out/tiny/metrics.jsonl").exists():
         time.sleep(0.02)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    time.sleep(1.5)
-    assert process.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=1.5)
     process.send_signal(signal.SIGTERM)
-    begun = time.monotonic()
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
-    assert time.monotonic() - begun < 3 and not checkpoints(Path("out/tiny"))
+    assert not checkpoints(Path("out/tiny"))
+    process.communicate()
+
+
+@pytest.mark.parametrize("where", ["between micro-steps", "forward", "backward"])
+def test_signal_ends_a_long_step_which_is_repeated_after_the_resume(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    flags = ["--max_steps", "4", "--batch_size", "1", "--dropout", "0.1"]
+    run_tiny(*flags, "--run_name", "whole")
+    calls = []
+    per_step = 16 * {"between micro-steps": 1, "forward": 2, "backward": 4}[where]  # micro-steps, calls in each
+
+    def in_the_third_step(*_: object) -> None:
+        calls.append(where)
+        if len(calls) == 2 * per_step + 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)  # for the thread that listens
+
+    def watched(*args: object, **kwargs: object) -> torch.Tensor:
+        in_the_third_step()
+        out = block_forward(*args, **kwargs)
+        if where == "backward" and out.requires_grad:
+            out.register_hook(in_the_third_step)
+        return out
+
+    def batches(*args: object, **kwargs: object) -> Iterator:
+        for batch in training_batches(*args, **kwargs):
+            in_the_third_step()
+            yield batch
+
+    block_forward, training_batches = Block.forward, training.training_batches
+    with monkeypatch.context() as patched:
+        if where == "between micro-steps":
+            patched.setattr(training, "training_batches", batches)
+        else:
+            patched.setattr(Block, "forward", watched)
+        with pytest.raises(SystemExit) as end:
+            run_tiny(*flags)
+    assert end.value.code == 128 + signal.SIGTERM
+    step = load_state(newest("tiny"))["progress"]["step"]
+    assert step == metrics("tiny")[-1]["step"] < 3, "what was done of the step is dropped"
+    run_tiny(*flags, "--resume")
+    assert_same_run("tiny", "whole")
+
+
+def test_processes_without_their_torchrun_save_and_end(workplace: Path) -> None:
+    """Killed, or ended by a signal that it does not pass on, such as SIGUSR1."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, str(ROOT / "train.py"), *TINY, "--max_steps", "100000", "--batch_size", "4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as torchrun:
+        wait_for_lines("tiny", 5)
+        torchrun.kill()
+        said = torchrun.stdout.read()  # up to the end of the last process that has it
+    assert "stopped by SIGTERM after step" in said
+    assert metrics("tiny")[-1]["step"] == load_state(newest("tiny"))["progress"]["step"]
 
 
 def test_signal_breaks_off_an_evaluation_which_is_made_after_the_resume(
