@@ -109,7 +109,7 @@ def test_orthogonalize_keeps_directions_and_levels_singular_values(shape: tuple[
 
 def test_muon_steps_are_near_torchs_own() -> None:
     """torch.optim.Muon, in bfloat16 and one matrix at a time, on the blocks; AdamW, exactly, on the rest."""
-    rate, decay = 0.02, 0.1
+    rate, decay = 0.02, 10.0  # takes a fifth a step: that much shows beside the products' rounding
     model, twin = small_gpt(), small_gpt()
     twin.load_state_dict(model.state_dict())
     ours = make_optimizer(model, "muon", rate, decay, 0.9, 0.95)
