@@ -5,6 +5,7 @@ import dataclasses
 import importlib.machinery
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
@@ -274,6 +275,17 @@ def test_products_are_made_in_dtype(workplace: Path, dtype: str) -> None:
     assert off < 1e-4 if dtype == "float32" else 1e-5 < off < 0.1
 
 
+def test_float16_takes_its_scale_along(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It halves with a step whose gradient is too large for it, and a resumed run begins with what it had."""
+    forward = GPT.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "forward", lambda self, *args: (None, forward(self, *args)[1] * math.inf))
+        scaled = load_state(run(dtype="float16", max_steps=1))["scaler"]
+    assert scaled["scale"] == 2**15
+    assert load_state(run(dtype="float16", max_steps=2, resume=True))["scaler"]["scale"] == 2**15
+    assert not load_state(run("whole", dtype="float32", max_steps=1))["scaler"]
+
+
 @setting("dropout")
 def test_dropout_is_the_share_of_zeros_in_training_alone(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shares: dict[bool, list[float]] = {True: [], False: []}
@@ -289,9 +301,12 @@ def test_dropout_is_the_share_of_zeros_in_training_alone(workplace: Path, monkey
         return whole(*args, dropout_p=dropout_p, **options)
 
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+    Path("rows.jsonl").write_text('{"ctx": "so", "endings": ["a", "b", "c", "d"], "label": "0"}\n')
     with hooked(look):
-        run(dropout=0.3, max_steps=1, total_batch_size=1024, batch_size=64)
-    assert len(shares[True]) == 3 and shares[True] == pytest.approx([0.3] * 3, abs=0.02)
+        evaluated = {"eval_interval": 1, "eval_hellaswag": 1, "hellaswag_data": "rows.jsonl"}
+        run(dropout=0.3, max_steps=2, total_batch_size=1024, batch_size=64, **evaluated)
+    # Of the embeddings, and of a block's attention and MLP, in each of two steps.
+    assert shares[True] == pytest.approx([0.3] * 6, abs=0.02)
     assert set(shares[False]) == {0.0} and attention == {True: {0.3}, False: {0.0}}
 
 
@@ -314,20 +329,20 @@ def test_dropout_is_drawn_anew_for_each_step_and_seed(workplace: Path) -> None:
 
 @setting("run_name")
 def test_run_is_written_to_its_folder_alone(workplace: Path) -> None:
-    run("elsewhere", max_steps=1)
+    checkpoint = run("elsewhere", max_steps=1)
+    assert json.loads((checkpoint / "config.json").read_text())["eos_token_id"] == 256, "the data's <|endoftext|>"
     assert [path.name for path in Path("out").iterdir()] == ["elsewhere"]
     assert {"config.toml", "metrics.jsonl", "checkpoints"} <= {path.name for path in Path("out/elsewhere").iterdir()}
 
 
 @setting("resume")
 def test_resume_goes_on_and_nothing_else_does(workplace: Path) -> None:
-    run(max_steps=1)
+    level = {"min_learning_rate": SMALL["learning_rate"]}  # a schedule that does not depend on max_steps
+    run(max_steps=1, **level)
     with pytest.raises(UserError, match="--resume"):
-        run(max_steps=2, resume=False)
-    run(max_steps=2, resume=True)
-    assert [line["step"] for line in metrics("run") if "lr" in line] == [1, 2]
-    left = weights(run(max_steps=2, resume=True))
-    assert distance(left, {name: plain(max_steps=1)[name] for name in left}) > 1e-2, "it is at step 2"
+        run(max_steps=3, resume=False, **level)
+    left = left_by_run(run(max_steps=3, resume=True, **level))
+    assert distance(left, plain(max_steps=3, **level)) < 1e-3
 
 
 @setting("eval_interval", "log_interval", "checkpoint_interval", "keep_checkpoints")
@@ -371,6 +386,15 @@ def test_evaluation_is_over_so_many_tokens(
     pieces = [ids[i : i + 17] for i in range(0, counted, 16)]
     loss = sum(model(piece[None, :-1], piece[None, 1:])[1].item() * (len(piece) - 1) for piece in pieces) / counted
     assert curve("run", "val_loss") == [pytest.approx(loss, abs=1e-5)]
+
+
+def test_best_loss_is_that_of_the_best_evaluation(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    checkpoint = run(learning_rate=1.0, max_steps=4, eval_interval=1)
+    losses = curve("run", "val_loss")
+    assert losses[-1] > min(losses), "or it would prove nothing"
+    best = [float(text) for text in re.findall(r"\(best: ([\d.]+)\)", capsys.readouterr().out)]
+    assert best == pytest.approx([min(losses[: i + 1]) for i in range(4)], abs=1e-4)
+    assert load_state(checkpoint)["progress"]["best_val_loss"] == min(losses)
 
 
 @setting("eval_hellaswag", "hellaswag_data")
@@ -490,10 +514,11 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same(workplace: Path)
 
 
 @setting("verify_data")
-def test_sums_are_checked_unless_told_otherwise(workplace: Path) -> None:
-    shard = Path("data/shakespeare/train_000000.bin")
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_sums_are_checked_unless_told_otherwise(workplace: Path, split: str) -> None:
+    shard = Path(f"data/shakespeare/{split}_000000.bin")
     content = bytearray(shard.read_bytes())
-    content[5000] ^= 1
+    content[2000] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UserError, match="altered"):
         run(verify_data=True, max_steps=1)
