@@ -543,3 +543,31 @@ def test_numbers_of_the_former_parser_are_read_as_plain_ones(tmp_path: Path, mon
     group = load_state(tmp_path)["optimizer"]["param_groups"][0]
     check_plain(group)
     assert {name: group[name] for name in kinds} == kinds
+
+
+def test_disk_has_a_checkpoint_before_it_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut may lose what was not synced, but not the renaming, and leave a checkpoint of zeros."""
+    events: list[tuple[str, Any]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def identity(status: os.stat_result) -> tuple[int, int, int]:
+        return status.st_ino, status.st_size, status.st_mtime_ns  # as it was synced: nothing written since
+
+    def spy_fsync(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(("synced", identity(os.fstat(descriptor))))
+
+    def spy_replace(source: Path, target: Path) -> None:
+        if target.name == "step_00000001":
+            paths = [*source.iterdir(), *([source] if os.name == "posix" else [])]  # Windows syncs no folders
+            events.append(("replaced", {identity(path.stat()) for path in paths}))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    write(tmp_path, 1)
+    at = [kind for kind, _ in events].index("replaced")
+    assert len(events[at][1]) > 5 and events[at][1] <= {found for _, found in events[:at]}
+    if os.name == "posix":
+        folder = (tmp_path / "checkpoints").stat().st_ino
+        assert folder in [found[0] for kind, found in events[at + 1 :] if kind == "synced"], "the new name as well"

@@ -1,9 +1,12 @@
 """metrics.jsonl: each line once and whole, through crashes, resumes and full disks."""
 
+import importlib.machinery
 import json
 import math
+import os
 import sys
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +243,40 @@ def test_close_fails_while_lines_are_pending(small_disk: Path) -> None:
     filler.unlink()
     log.close()
     assert read(small_disk) == [train_line(1), train_line(2), train_line(3)]
+
+
+# Where else figures go, and when the disk has them.
+
+
+def test_sync_has_the_disk_hold_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[bytes] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append((tmp_path / "metrics.jsonl").read_bytes()))
+    log = MetricsLog(tmp_path, {}, 0)
+    log.write(train_line(1))
+    log.sync()
+    assert [json.loads(content) for content in synced] == [train_line(1)]
+    log.close()
+
+
+def test_tensorboard_gets_each_figure_at_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And forgets what an earlier process wrote of later steps."""
+    calls: list[tuple] = []
+
+    class SummaryWriter:
+        def __init__(self, folder: str, purge_step: int):
+            calls.append((folder, purge_step))
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            calls.append((name, value, step))
+
+        def close(self) -> None:
+            calls.append(("close",))
+
+    fake = types.ModuleType("tensorboard")
+    fake.__spec__ = importlib.machinery.ModuleSpec("tensorboard", None)
+    writers = types.ModuleType("torch.utils.tensorboard")
+    writers.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "tensorboard", fake)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writers)
+    write(tmp_path, [val_line(4)], step=3)
+    assert calls == [(str(tmp_path), 4), ("tokens", 2048, 4), ("val_loss", 0.5, 4), ("close",)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model import GPT, GPTConfig
-from optim import learning_rate_at, make_optimizer, orthogonalize, parameter_groups
+from optim import learning_rate_at, load_optimizer, make_optimizer, orthogonalize, parameter_groups
 
 QUICK = settings(max_examples=50, deadline=None)
 SCHEDULES = ["cosine", "linear", "wsd"]
@@ -109,7 +109,7 @@ def test_orthogonalize_keeps_directions_and_levels_singular_values(shape: tuple[
 
 def test_muon_steps_are_near_torchs_own() -> None:
     """torch.optim.Muon, in bfloat16 and one matrix at a time, on the blocks; AdamW, exactly, on the rest."""
-    rate, decay = 0.02, 0.1
+    rate, decay = 0.02, 10.0  # takes a fifth a step: that much shows beside the products' rounding
     model, twin = small_gpt(), small_gpt()
     twin.load_state_dict(model.state_dict())
     ours = make_optimizer(model, "muon", rate, decay, 0.9, 0.95)
@@ -127,6 +127,43 @@ def test_muon_steps_are_near_torchs_own() -> None:
         moved = 3 * rate * 0.2 * max(p.shape) ** 0.5
         tolerance = 0.05 * moved if name.startswith("h.") and p.dim() == 2 else 1e-6
         assert (p - other).abs().max() < tolerance, name
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_step_with_found_inf_changes_nothing(name: str) -> None:
+    """Weights, moments and counts: the step after it is that of an optimizer that never saw it."""
+    model, twin = small_gpt(), small_gpt()
+    twin.load_state_dict(model.state_dict())
+    ours, theirs = (make_optimizer(m, name, 0.02, 0.1, 0.9, 0.95) for m in (model, twin))
+    theirs.found_inf = torch.tensor(0.0)
+    for bad in (0.0, 1.0, 0.0):
+        for p, other in zip(model.parameters(), twin.parameters()):
+            other.grad = torch.randn_like(p)
+            p.grad = other.grad * (math.nan if bad else 1)
+        ours.found_inf = torch.tensor(bad)
+        ours.step()
+        if not bad:
+            theirs.step()
+        assert all(torch.equal(p, other) for p, other in zip(model.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_only_the_state_of_such_an_optimizer_is_loaded(name: str) -> None:
+    def trained(n_embd: int, name: str) -> torch.optim.Optimizer:
+        model = GPT(GPTConfig(block_size=4, vocab_size=11, n_layer=2, n_head=2, n_embd=n_embd))
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer = make_optimizer(model, name, 0.02, 0.1, 0.9, 0.95)
+        optimizer.step()
+        return optimizer
+
+    state = trained(8, name).state_dict()
+    assert load_optimizer(trained(8, name), state)
+    other = "adamw" if name == "muon" else "muon"
+    for optimizer in (trained(16, name), trained(8, other)):
+        assert not load_optimizer(optimizer, state)
+    for lost in ("state", "param_groups"):
+        assert not load_optimizer(trained(8, name), {key: value for key, value in state.items() if key != lost})
 
 
 def test_tied_weights_are_updated_once() -> None:
