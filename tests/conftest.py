@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -13,9 +14,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes with two thr
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from dataset import write_shards
 from tokenizer import load_tokenizer
+
+# The same examples in every run, so that a red test is red again; HYPOTHESIS_PROFILE=random looks for new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 PAGE = 4096  # in which a tmpfs counts
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers do not depend on which tests ran before."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture

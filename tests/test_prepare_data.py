@@ -466,7 +466,7 @@ def interrupted(texts: list[str], n: int) -> Iterator[str]:
     raise KeyboardInterrupt
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     stops=st.lists(st.integers(0, 60), min_size=1, max_size=4),
     dedup=st.booleans(),
@@ -683,7 +683,7 @@ ATOMS += ["\x1c", "\x85", "\xa0", "\u3000", "é", "e\u0301", "你好", "🙂", "
 texts_of_atoms = st.lists(st.sampled_from(ATOMS) | st.text(max_size=3), max_size=60).map("".join)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts=st.lists(texts_of_atoms.filter(str.strip), min_size=1, max_size=6), piece_chars=st.integers(30, 60))
 def test_tokens_are_those_of_tiktoken_on_whole_documents(texts: list[str], piece_chars: int) -> None:
     """After an id of `<|endoftext|>` each, and nothing else."""
@@ -738,7 +738,7 @@ def test_a_vocabulary_beyond_16_bits_gets_ids_of_32(prepare: Prepare, tmp_path: 
 unique_texts = st.lists(st.text(min_size=1).filter(str.strip), unique=True, max_size=30)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(unique_texts, unique_texts, st.randoms(use_true_random=False))
 def test_adding_documents_moves_none_from_held_out_to_training(
     old: list[str], new: list[str], rng: random.Random
@@ -778,7 +778,7 @@ def test_the_share_of_held_out_documents_is_near_the_one_asked_for(tmp_path: Pat
     assert json.loads((data / "meta.json").read_text())["val_share"] == round(n_val / n_tokens, 6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(texts=st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=1, max_size=9))
 def test_where_no_document_is_held_out_the_end_is(texts: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
@@ -1274,7 +1274,7 @@ def test_bad_usage_ends_with_code_2(
 operations = st.lists(st.tuples(st.sampled_from(["add", "add", "cut"]), st.integers(0, 40)), max_size=15)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(operations, st.integers(1, 25), st.sampled_from([300, 100_000]), st.data())
 def test_shards_hold_what_a_list_would(
     operations: list[tuple[str, int]], shard_tokens: int, vocab_size: int, data: st.DataObject

@@ -78,7 +78,7 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size,
 
 
 @pytest.mark.parametrize(("activation", "post_norm"), KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_a_folder_of_transformers_loads_as_the_same_function(
     activation: str, post_norm: bool, data: st.DataObject, seed: int
@@ -94,7 +94,7 @@ def test_a_folder_of_transformers_loads_as_the_same_function(
 
 
 @pytest.mark.parametrize(("activation", "post_norm"), KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_a_folder_of_ours_loads_in_transformers_as_the_same_function(
     activation: str, post_norm: bool, data: st.DataObject, seed: int
@@ -109,7 +109,7 @@ def test_a_folder_of_ours_loads_in_transformers_as_the_same_function(
 
 
 @pytest.mark.parametrize(("activation", "post_norm"), KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     data=st.data(),
     dropout=st.sampled_from([0.0, 0.1]),
