@@ -17,6 +17,8 @@ class UserError(ValueError):
     It ends a script with one line and exit code 1; any other exception is a bug and keeps its traceback.
     """
 
+    silent = False  # whether another process says it
+
 
 # OSErrors of the machine's state, not of the code: these end in one line as well.
 MACHINE_ERRORS = {
@@ -129,7 +131,7 @@ def run_script(main: Callable[[], None], sturdy: bool = False) -> None:
             sys.stdout.flush()  # here, where failing still counts
         return
     except UserError as error:
-        end: str | int = f"error: {error}"
+        end: str | int = 1 if error.silent else f"error: {error}"
     except OSError as error:
         if not isinstance(error, BrokenPipeError) and error.errno not in MACHINE_ERRORS:
             raise

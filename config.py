@@ -160,6 +160,11 @@ class TrainConfig:
         """The settings by name, as JSON, TOML and checkpoints hold them."""
         return dataclasses.asdict(self)
 
+    def decisive(self) -> dict[str, Any]:
+        """The settings that must be the same in all processes of a group."""
+        own = MAY_DIFFER - ({"batch_size"} if self.parallel != "ddp" else set())  # in shares, micro-steps are common
+        return {name: value for name, value in self.plain().items() if name not in own}
+
     def check_resumable(self, before: dict[str, Any], run: Path) -> list[str]:
         """What a resumed run changes of its settings, a sentence each.
 
@@ -194,6 +199,8 @@ class TrainConfig:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+# Processes may have these each of their own: data and weights are compared by what they hold.
+MAY_DIFFER = {"data", "init_from", "hellaswag_data", "batch_size", "device", "verify_data"}
 # A resumed run may change these: they say where and how often, not what is computed.
 CHANGEABLE = {
     *("data", "run_name", "resume", "batch_size", "max_steps", "device", "compile", "parallel", "verify_data"),

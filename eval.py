@@ -17,8 +17,9 @@ from tqdm import tqdm
 from checkpoint import find_model, load_model
 from cli import UserError, count, run_script
 from dataset import open_shard, read_meta
+from distributed import Runtime, all_ranks_or_none, process_group, recorded
 from model import GPT
-from runtime import Runtime, agree, describe, pick_dtype, process_group
+from runtime import describe, pick_dtype
 from scoring import (
     HUB,
     Example,
@@ -143,7 +144,8 @@ def evaluate(args: argparse.Namespace, rt: Runtime) -> None:
                 examples[task] = build(task, rows[task], tokenizer, block_size, stride)
         return model, {task: sample(check_fit(found, block_size), args.limit) for task, found in examples.items()}
 
-    model, examples = agree(rt, load)
+    with all_ranks_or_none(rt):
+        model, examples = load()
     dtype = pick_dtype(args.dtype, rt.device)
     if rt.is_main:
         print(f"{source} on {describe(rt.device)} in {str(dtype).removeprefix('torch.')}", file=sys.stderr)
@@ -171,17 +173,14 @@ def evaluate(args: argparse.Namespace, rt: Runtime) -> None:
 
             scores[task] = summarise(judge_all(model, found, args.batch_size, autocast, rt, show))
         if any(math.isnan(score.value) for score in scores[task].values()):
-            agree(rt, partial(explain, source, dtype))
+            with all_ranks_or_none(rt):
+                raise not_finite(source, str(dtype).removeprefix("torch."))
     if rt.is_main:
         if args.output:  # before anything is printed, which can fail
             figures = {task: {name: score._asdict() for name, score in found.items()} for task, found in scores.items()}
             about = {"model": str(source), "limit": args.limit, "stride": args.stride, "dtype": str(dtype)}
             args.output.write_text(json.dumps(about | {"scores": figures}, indent=2) + "\n", encoding="utf-8")
         print(table(scores))
-
-
-def explain(source: str | Path, dtype: torch.dtype) -> None:
-    raise not_finite(source, str(dtype).removeprefix("torch."))
 
 
 def table(scores: dict[str, dict[str, Score]]) -> str:
@@ -217,4 +216,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse_args()))
+    run_script(recorded(lambda: main(parse_args())))

@@ -522,5 +522,4 @@ def take_shards(place: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    arguments = parse_arguments()
-    run_script(lambda: main(arguments))
+    run_script(lambda: main(parse_arguments()), sturdy=True)

@@ -1,4 +1,4 @@
-"""What a script needs of the machine: device, precision, processes, signals, peak speed."""
+"""What a script needs of the machine: device, precision, signals, peak speed."""
 
 import ctypes
 import os
@@ -7,25 +7,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from contextlib import AbstractContextManager
 from threading import Thread
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from cli import UserError
 
 T = TypeVar("T")
-
-# What Gloo and NCCL say when another process is gone or does not answer.
-LOST = re.compile(r"gloo/transport|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out", re.IGNORECASE)
 
 # Dense bf16 peak of the datasheet, FLOP/s, by a part of the device's name.
 PEAK_FLOPS = {
@@ -41,20 +35,6 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
-
-
-@dataclass(frozen=True)
-class Runtime:
-    """One process's place in the run."""
-
-    device: torch.device
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -82,73 +62,6 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
-
-
-@contextmanager
-def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtime]:
-    """This process's device and place; under torchrun within a process group (NCCL, Gloo on CPU).
-
-    Args:
-        timeout: seconds after which a process that waits for the others gives up.
-
-    Raises:
-        UserError: another process is gone or does not answer.
-    """
-    rank, local_rank, world_size = place_in_group()
-    picked = pick_device(device, local_rank)
-    if picked.type == "cuda":
-        torch.cuda.set_device(picked)
-        torch.set_float32_matmul_precision("high")  # TF32 for float32 products outside autocast
-    if picked.type == "cpu":
-        keep_freed_memory()
-    try:
-        if world_size > 1:
-            backend, limit = "nccl" if picked.type == "cuda" else "gloo", timedelta(seconds=timeout)
-            store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-            if os.environ.get("GROUP_WORLD_SIZE") == "1":
-                # torchrun keeps its store over a restart, and with it the addresses of processes that are gone. On
-                # several nodes the count may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
-                store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
-        yield Runtime(picked, rank, local_rank, world_size)
-        if world_size > 1:
-            leave_group()
-    except RuntimeError as error:
-        if world_size == 1 or not LOST.search(str(error)):
-            raise
-        reason = re.sub(r"^\[\S*\] ", "", str(error).strip()).splitlines()[0].partition(". ")[0]
-        raise UserError(
-            f"process {rank} lost the others, one ended or hangs ({reason}); under torchrun --max-restarts=N the run "
-            f"goes on from its newest checkpoint by itself, else with --resume"
-        ) from error
-
-
-def place_in_group() -> tuple[int, int, int]:
-    """Rank, rank on this node and number of processes, as torchrun or another launcher says in the environment.
-
-    Without WORLD_SIZE, or with 1, this is a process of its own, whatever else a launcher left in the environment.
-
-    Raises:
-        UserError: the environment is that of a group, and incomplete or contradictory.
-    """
-    number = {name: os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
-    if number["WORLD_SIZE"] in ("", "1"):
-        return 0, 0, 1
-    number["LOCAL_RANK"] = number["LOCAL_RANK"] or "0"  # one process a node needs none
-    for name, text in number.items():
-        whole = text.isascii() and text.isdecimal()
-        if not whole or (int(text) == 0 if name == "WORLD_SIZE" else int(text) >= int(number["WORLD_SIZE"])):
-            raise UserError(
-                f"{name} is {text!r} in the environment, with WORLD_SIZE {number['WORLD_SIZE']}: start several "
-                f"processes with torchrun, or unset WORLD_SIZE for one"
-            )
-    return int(number["RANK"]), int(number["LOCAL_RANK"]), int(number["WORLD_SIZE"])
-
-
-def leave_group() -> None:
-    """Every process calls this at its end. What a group still runs then can abort a Python that ends."""
-    dist.barrier()  # one that closes its connections early would break the others' ending
-    dist.destroy_process_group()
 
 
 def keep_freed_memory() -> None:
@@ -181,47 +94,6 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-
-
-def agree(rt: Runtime, check: Callable[[], T]) -> T:
-    """The result of what every process does here; what fails in one, fails in all, with one message.
-
-    Raises:
-        UserError, OSError: as `check` does, in the first process; the others end without a word.
-    """
-    result, problem = None, None
-    try:
-        result = check()
-    except (UserError, OSError) as error:
-        problem = error
-    if rt.world_size > 1:
-        problems: list[str | None] = [None] * rt.world_size
-        dist.all_gather_object(problems, str(problem) if problem else None)
-        problem = problem or next((UserError(text) for text in problems if text is not None), None)
-        if problem:
-            leave_group()
-    if problem and not rt.is_main:
-        sys.exit(1)
-    if problem:
-        raise problem
-    return result
-
-
-def from_main(rt: Runtime, value: T) -> T:
-    """The first process's value, in every process."""
-    values = [value]
-    if rt.world_size > 1:
-        dist.broadcast_object_list(values, device=rt.device)
-    return values[0]
-
-
-def gather(values: Tensor, rt: Runtime) -> Tensor:
-    """The values (n,) of all processes, (world_size, n), on every device. The host does not wait."""
-    if rt.world_size == 1:
-        return values[None]
-    gathered = [torch.empty_like(values) for _ in range(rt.world_size)]
-    dist.all_gather(gathered, values)
-    return torch.stack(gathered)
 
 
 class LateReader:
@@ -270,7 +142,18 @@ class StopSignals(AbstractContextManager):
         self.outlet.close()
 
     def _watch(self) -> None:
-        while received := self.inlet.recv(1):
+        launcher = os.getppid()
+        self.inlet.settimeout(1)
+        while True:
+            try:
+                received = self.inlet.recv(1)
+            except TimeoutError:
+                # torchrun ends its processes before itself, unless it was killed: then nobody else would end these.
+                if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher and not self.signum:
+                    self.signum, first = signal.SIGTERM, time.monotonic()
+                continue
+            if not received:
+                break
             if received[0] not in self.KINDS:
                 continue
             if not self.signum:

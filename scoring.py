@@ -21,8 +21,8 @@ import torch.nn.functional as F
 
 from checkpoint import load_model
 from cli import UserError
+from distributed import Runtime
 from model import GPT
-from runtime import Runtime
 from sources import require_datasets
 from tokenizer import Tokenizer
 

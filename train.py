@@ -2,14 +2,15 @@
 
 import importlib.util
 import math
+import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
 import warnings
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from signal import Signals
 
@@ -20,9 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import (
+    SUMS_FILE,
     CheckpointWriter,
     begun_by_this_launch,
     checkpoints,
+    damage,
     holds_run,
     latest_written,
     load_model,
@@ -34,25 +37,26 @@ from checkpoint import (
 )
 from cli import UserError, run_script
 from config import TrainConfig, parse_config
-from dataset import TokenDataset, evaluation_batches, fingerprint, read_meta, training_batches
+from dataset import TokenDataset, evaluation_batches, file_sha256, fingerprint, read_meta, training_batches
+from distributed import (
+    Runtime,
+    all_ranks_or_none,
+    drifted,
+    from_main,
+    gather,
+    place,
+    process_group,
+    recorded,
+    same_everywhere,
+    send_files,
+    weight_sums,
+)
 from loss import Loss, lean_cross_entropy
 from metrics import MetricsLog
 from model import GPT, Generation, GPTConfig, ModelError
 from optim import learning_rate_at, load_optimizer, make_optimizer, own_share
 from parallel import distribute, gathered, rehearse, replicate, shard, synchronised_if, whole_weights
-from runtime import (
-    LateReader,
-    Runtime,
-    StopSignals,
-    agree,
-    describe,
-    from_main,
-    gather,
-    peak_flops,
-    pick_dtype,
-    process_group,
-    to_device,
-)
+from runtime import LateReader, StopSignals, describe, peak_flops, pick_dtype, to_device
 from scoring import Example, build, check_fit, judge_all, read_rows, sample, summarise
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -105,13 +109,19 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
     """
     say = print if rt.is_main else lambda *_: None
     run = Path("out") / cfg.run_name
-    checkpoint = from_main(rt, agree(rt, lambda: open_run(run, cfg, stack) if rt.is_main else None))
+    dtype = pick_dtype(cfg.dtype, rt.device)
+    same_everywhere(rt, {**cfg.decisive(), "dtype as resolved": str(dtype)})
+    checkpoint = open_run(run, cfg, rt, stack)
     if cfg.resume and not checkpoint:
         say(f"{run} has no checkpoint yet: beginning at step 0")
-    agree(rt, lambda: prepare_default_corpus(cfg, rt))
-    parts = agree(rt, lambda: load(cfg, run, checkpoint, rt))
+    prepare_default_corpus(cfg, rt)
+    with all_ranks_or_none(rt):
+        parts = load(cfg, run, checkpoint, dtype, rt)
     model, optimizer, scaler, progress = parts.model, parts.optimizer, parts.scaler, parts.progress
-    log, writer = agree(rt, lambda: begin(run, cfg, checkpoint, parts, stack) if rt.is_main else (None, None))
+    log = writer = None
+    with all_ranks_or_none(rt):
+        if rt.is_main:
+            log, writer = begin(run, cfg, checkpoint, parts, stack)
     if checkpoint:
         say("; ".join([f"resuming from {checkpoint}", *parts.notes]))
     sharing = "1 process" if rt.world_size == 1 else f"{rt.world_size} processes ({cfg.parallel})"
@@ -155,7 +165,12 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
     evaluation_due, checkpoint_due, stop = progress.evaluation_due, False, 0
 
     model.train()
+    if rt.peers:
+        rt.peers.training = True
+    ask_others = True  # between micro-steps, whether they got a signal; after the first step only where these are slow
     with StopSignals() as signals, closing(batches), bar, writer or nullcontext():
+        if rt.world_size == 1 and forward.__class__ is Loss:  # not compiled
+            interruptible(model, signals)
         while True:
             paused = time.perf_counter()
             if evaluation_due and not stop:
@@ -175,6 +190,7 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
                     )
             last = stop or step == cfg.max_steps
             if checkpoint_due or last:
+                end_if_drifted(run, writer, model, step, rt)
                 progress.step, progress.windows = step, step * parts.step_windows
                 progress.evaluation_due = evaluation_due
                 progress.bad_steps, progress.bad_streak = int(bad_steps), int(bad_streak)
@@ -201,18 +217,29 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
 
-            loss = torch.zeros((), device=rt.device)
-            for micro_step in range(parts.accumulation_steps):
-                inputs, targets = next(batches)
-                with synchronised_if(micro_step == parts.accumulation_steps - 1, model, cfg.parallel, replicas):
-                    with autocast:
-                        micro_loss = (replicas or forward)(inputs, targets) / parts.accumulation_steps
-                    scaler.scale(micro_loss).backward()
-                loss += micro_loss.detach()
+            loss, step_began = torch.zeros((), device=rt.device), time.perf_counter()
+            try:
+                for micro_step in range(parts.accumulation_steps):
+                    if ask_others or rt.world_size == 1:
+                        stop = received_by_any(signals, rt)
+                    if stop:
+                        break
+                    inputs, targets = next(batches)
+                    with synchronised_if(micro_step == parts.accumulation_steps - 1, model, cfg.parallel, replicas):
+                        with autocast:
+                            micro_loss = (replicas or forward)(inputs, targets) / parts.accumulation_steps
+                        scaler.scale(micro_loss).backward()
+                    loss += micro_loss.detach()
+            except StepInterrupted:
+                stop = signals.signum
+            if stop:  # what is done of this step is dropped; a resumed run repeats it
+                continue
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float("inf"))
             grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-            everyones = gather(torch.stack([loss, torch.full_like(loss, signals.signum)]), rt)  # (world_size, 2)
+            everyones = gather(
+                torch.stack([loss, *loss.new_tensor([signals.signum, time.perf_counter() - step_began])]), rt
+            )  # (world_size, 3)
             loss = everyones[:, 0].mean()
             bad = (~torch.isfinite(loss + grad_norm)).float()
             optimizer.found_inf = bad  # the device leaves the update out: the host need not know, and does not wait
@@ -225,9 +252,9 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
             bad_steps, bad_streak = bad_steps + bad, (bad_streak + 1) * bad
             bar.update(step_tokens)
             log_due = due(step, cfg.log_interval, cfg)
-            figures = torch.stack([loss, grad_norm, bad_steps, bad_streak, everyones[:, 1].max()])
-            at, (train_loss, norm, n_bad, n_streak, signum) = late_reader.read(step, figures, now=log_due)
-            stop = int(signum)
+            figures = torch.stack([loss, grad_norm, bad_steps, bad_streak, *everyones[:, 1:].max(dim=0).values])
+            at, (train_loss, norm, n_bad, n_streak, signum, seconds) = late_reader.read(step, figures, now=log_due)
+            stop, ask_others = int(signum), seconds > parts.accumulation_steps
             if log and log_due:
                 tokens_per_sec = (step - clock_step) * step_tokens / (time.perf_counter() - clock)
                 line = {"step": step, "tokens": step * step_tokens, "train_loss": train_loss, "lr": learning_rate}
@@ -238,10 +265,13 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
                 bar.set_postfix_str(f"step {step}, loss {train_loss:.3f}")
                 clock, clock_step = time.perf_counter(), step
             if n_streak >= cfg.max_bad_steps:
-                agree(rt, partial(end_for_bad_numbers, run, writer, at - int(n_streak) + 1, at))
+                end_for_bad_numbers(run, writer, at - int(n_streak) + 1, at, rt)
             evaluation_due = due(step, cfg.eval_interval, cfg)
             checkpoint_due = due(step, cfg.checkpoint_interval, cfg)
-        agree(rt, lambda: finish(log, writer) if rt.is_main else None)
+        with all_ranks_or_none(rt):
+            if rt.is_main:
+                writer.close()
+                log.close()
     if stop:
         if rt.is_main:
             print(f"stopped by {Signals(stop).name} after step {step}; --resume goes on from {writer.newest}")
@@ -254,29 +284,89 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
     return 0
 
 
+class StepInterrupted(Exception):
+    """A signal came in the middle of a step."""
+
+
+def interruptible(model: GPT, signals: StopSignals) -> None:
+    """Have a signal end a step at the next block, forward or backward: on a CPU a large batch can take minutes."""
+
+    def check(*_: object) -> None:
+        if signals.signum and model.training:
+            raise StepInterrupted
+
+    for module in (*model.h, model.lm_head):
+        module.register_forward_pre_hook(check)
+        module.register_full_backward_pre_hook(check)
+
+
+def received_by_any(signals: StopSignals, rt: Runtime) -> int:
+    """The signal that any process has received, 0 if none has."""
+    return int(gather(torch.tensor([float(signals.signum)], device=rt.device), rt).max())
+
+
 def due(step: int, interval: int, cfg: TrainConfig) -> bool:
     return step == cfg.max_steps or (interval > 0 and step % interval == 0)
 
 
-def open_run(run: Path, cfg: TrainConfig, stack: ExitStack) -> Path | None:
-    """The checkpoint to continue from, or None for a new run. A run that exists is locked before it is looked at.
+def open_run(run: Path, cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> Path | None:
+    """The checkpoint to continue from, the same on every node; None for a new run.
+
+    A run that exists is locked before it is looked at. The newest valid checkpoint that any node has is handed to the
+    nodes that lack it, which is all but one where each has a disk of its own.
 
     Raises:
         UserError: the run exists and is not to be continued or cannot be, or what logs it is not installed.
     """
-    if cfg.wandb_project and not importlib.util.find_spec("wandb"):
-        raise UserError("wandb_project is set, but wandb is not installed; pip install wandb")
-    refuse_unasked(run, cfg)
-    if not run.exists():
+    name = sums = lost = None
+    with all_ranks_or_none(rt):
+        if cfg.wandb_project and rt.is_main and not importlib.util.find_spec("wandb"):
+            raise UserError("wandb_project is set, but wandb is not installed; pip install wandb")
+        if rt.local_rank == 0:
+            refuse_unasked(run, cfg)
+            if rt.is_main and run.exists():
+                stack.callback(lock_run(run).release)
+            found, lost = newest_sound_checkpoint(run), latest_written(run)
+            name, sums = (found.name, file_sha256(found / SUMS_FILE)) if found else (None, None)
+    nodes = {rank: node for rank, node in enumerate(rt.all_gather([name, sums, lost, rt.local_rank])) if node[3] == 0}
+    newest = max((node[0] for node in nodes.values() if node[0]), key=lambda name: int(name[5:]), default=None)
+    with all_ranks_or_none(rt):
+        if not newest and (lost := next((node[2] for node in nodes.values() if node[2]), None)):
+            raise UserError(
+                f"{run} had come to {lost}, but no valid checkpoint of it is left; put one back to go on, or begin "
+                f"another run with --run_name NAME"
+            )
+    if not newest:
         return None
-    stack.callback(lock_run(run).release)
-    checkpoint = newest_sound_checkpoint(run)
-    if not checkpoint and (lost := latest_written(run)):
-        raise UserError(
-            f"{run} had come to {lost}, but no checkpoint of it is left; put one back to go on, or begin another run "
-            f"with --run_name NAME"
-        )
+    owner = next(rank for rank, node in nodes.items() if node[0] == newest)
+    checkpoint = run / "checkpoints" / newest
+    same_everywhere(rt, {f"{checkpoint / SUMS_FILE}": sums if name == newest else nodes[owner][1]})
+    lacking = [rank for rank, node in nodes.items() if node[0] != newest]
+    if lacking:
+        receive_checkpoint(checkpoint, owner, rt.rank in lacking, rt)
+        if 0 in lacking:  # the process that writes the metrics goes on with those that there are
+            metrics = run / "metrics.jsonl"
+            send_files(rt, [metrics], owner, run if rt.is_main else None)
     return checkpoint
+
+
+def receive_checkpoint(checkpoint: Path, owner: int, receives: bool, rt: Runtime) -> None:
+    """Hand a checkpoint of one rank's node to the nodes that lack it, or have it damaged. Every process calls."""
+    with all_ranks_or_none(rt):
+        partial = checkpoint.with_name(f".{checkpoint.name}.{rt.rank}")
+        if receives:
+            print(f"{place(rt.rank)} gets {checkpoint} from rank {owner}", flush=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    names = rt.all_gather(sorted(path.name for path in checkpoint.iterdir()) if rt.rank == owner else None)[owner]
+    send_files(rt, [checkpoint / name for name in names], owner, partial if receives else None)
+    with all_ranks_or_none(rt):
+        if receives:
+            if problem := damage(partial):
+                raise UserError(f"{checkpoint} did not arrive whole: {problem}")
+            if checkpoint.exists():  # damaged, or it would not have been sent
+                os.replace(checkpoint, checkpoint.with_name(f"{checkpoint.name}.damaged"))
+            os.replace(partial, checkpoint)
 
 
 def refuse_unasked(run: Path, cfg: TrainConfig) -> None:
@@ -286,15 +376,20 @@ def refuse_unasked(run: Path, cfg: TrainConfig) -> None:
 
 
 def prepare_default_corpus(cfg: TrainConfig, rt: Runtime) -> None:
-    """Make the data of the default setting where it is missing; whatever else is missing is an error."""
-    if cfg.data == TrainConfig.data and not Path(cfg.data).exists() and rt.local_rank == 0:
-        script = Path(__file__).with_name("prepare_data.py")
-        done = subprocess.run([sys.executable, script, "shakespeare"])
-        if done.returncode and not Path(cfg.data).exists():  # it does where another process was faster
-            raise UserError(f"{cfg.data} could not be prepared; see above")
+    """Make the data of the default setting where it is missing; whatever else is missing is an error.
+
+    The first process goes first, then one of each node that still lacks the data: nodes may share a folder.
+    """
+    for turn in (rt.is_main, rt.local_rank == 0):
+        with all_ranks_or_none(rt):
+            if turn and cfg.data == TrainConfig.data and not Path(cfg.data).exists():
+                script = Path(__file__).with_name("prepare_data.py")
+                done = subprocess.run([sys.executable, script, "shakespeare"])
+                if done.returncode and not Path(cfg.data).exists():  # it does where another process was faster
+                    raise UserError(f"{cfg.data} could not be prepared; see above")
 
 
-def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> Parts:
+def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, dtype: torch.dtype, rt: Runtime) -> Parts:
     """Everything a run needs, checked.
 
     Raises:
@@ -328,28 +423,30 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
     model = build_model(cfg, meta["vocab_size"], tokenizer.eot, checkpoint, rt)
     for block in model.h:
         block.recompute = cfg.activation_checkpointing
+    block_size = model.config.block_size
+    verify = cfg.verify_data and rt.local_rank == 0
+    train_data, val_data = (TokenDataset(cfg.data, split, block_size, verify) for split in ("train", "val"))
+    hellaswag: list[Example] = []
+    if cfg.eval_hellaswag:
+        rows = sample(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
+        hellaswag = check_fit(build("hellaswag", rows, tokenizer, block_size, block_size), block_size)
+    # From here on the processes work together, so what fails in one alone must have failed by now.
+    same_everywhere(rt, {"data": data_fingerprint, "sum of the weights": weight_sums(model).sum().item()})
     if rt.world_size > 1 and cfg.parallel != "ddp":
         shard(model, cfg.parallel, getattr(torch, cfg.reduce_dtype))
     optimizer = make_optimizer(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, cfg.beta1, cfg.beta2)
-    dtype = pick_dtype(cfg.dtype, rt.device)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
     if checkpoint:
         if not load_optimizer(optimizer, state["optimizer"]) and progress.step:
             raise UserError(f"{checkpoint} holds the optimizer of another model; {go_back}")
         distribute(optimizer)
         scaler.load_state_dict(state["scaler"])
-    block_size = model.config.block_size
-    hellaswag: list[Example] = []
-    if cfg.eval_hellaswag:
-        rows = sample(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
-        hellaswag = check_fit(build("hellaswag", rows, tokenizer, block_size, block_size), block_size)
     if cfg.batch_size == "auto":
         cfg = replace(cfg, batch_size=fitting_batch_size(cfg, model, optimizer, dtype, rt))
-    verify = cfg.verify_data and rt.local_rank == 0
     return Parts(
         tokenizer,
-        TokenDataset(cfg.data, "train", block_size, verify),
-        TokenDataset(cfg.data, "val", block_size, verify),
+        train_data,
+        val_data,
         data_fingerprint,
         model,
         optimizer,
@@ -387,23 +484,35 @@ def begin(
     return log, writer
 
 
-def finish(log: MetricsLog, writer: CheckpointWriter) -> None:
-    """Raises OSError where the disk did not take the last checkpoint or lines of metrics."""
-    writer.close()
-    log.close()
-
-
-def end_for_bad_numbers(run: Path, writer: CheckpointWriter | None, since: int, step: int) -> None:
+def end_for_bad_numbers(run: Path, writer: CheckpointWriter | None, since: int, step: int, rt: Runtime) -> None:
     """Raises UserError: it says since when, and which checkpoint is good."""
+    with all_ranks_or_none(rt):
+        good = checkpoint_before(run, writer, since, rt)
+        advice = (
+            f"{good} is good: begin a run from it with --init_from, --run_name NAME and a lower learning_rate"
+            if good
+            else "there is no checkpoint from before; begin again with a lower learning_rate"
+        )
+        raise UserError(f"the loss or its gradient was not finite in all steps from {since} to {step}; {advice}")
+
+
+def end_if_drifted(run: Path, writer: CheckpointWriter | None, model: GPT, step: int, rt: Runtime) -> None:
+    """Raises UserError: the copies of the model are no longer the same in all processes."""
+    if ranks := drifted(model, rt):
+        with all_ranks_or_none(rt):
+            good = checkpoint_before(run, writer, step, rt)
+            raise UserError(
+                f"after step {step} the weights of rank {', '.join(map(str, ranks))} are not those of rank 0; the "
+                f"newest checkpoint from before is {good}: look for a faulty device, then add --resume"
+            )
+
+
+def checkpoint_before(run: Path, writer: CheckpointWriter | None, step: int, rt: Runtime) -> str | None:
+    """The newest valid checkpoint of a step before this one. Every process calls."""
     if writer:
         writer.wait()
-    good = newest_sound_checkpoint(run, before=since) if writer else None
-    advice = (
-        f"{good} is good: begin a run from it with --init_from, --run_name NAME and a lower learning_rate"
-        if good
-        else "there is no checkpoint from before; begin again with a lower learning_rate"
-    )
-    raise UserError(f"the loss or its gradient was not finite in all steps from {since} to {step}; {advice}")
+    good = newest_sound_checkpoint(run, before=step) if writer else None
+    return from_main(rt, good and str(good))
 
 
 def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | None, rt: Runtime) -> GPT:
@@ -485,21 +594,27 @@ def largest_batch(share: int, one: float, two: float, room: float) -> int:
 
 
 def split_batch(cfg: TrainConfig, block_size: int, world_size: int) -> tuple[int, int, int]:
-    """Windows a step over all processes, windows a micro-step of one process, and its micro-steps.
+    """Windows a step over all processes, windows a micro-step of one process (at most batch_size), and its micro-steps.
 
     Raises:
-        UserError: total_batch_size does not divide into them.
+        UserError: total_batch_size does not divide into windows, or these among the processes.
     """
     step_windows, rest = divmod(cfg.total_batch_size, block_size)
-    share, rest_windows = divmod(step_windows, world_size)
-    batch_size = min(cfg.batch_size, share)
-    if rest or rest_windows or not share or share % batch_size:
-        unit = block_size * world_size * min(cfg.batch_size, max(1, share))
-        nearest_fit = max(1, round(cfg.total_batch_size / unit)) * unit
+    if rest or not step_windows:
+        unit = block_size * world_size
         raise UserError(
-            f"total_batch_size {cfg.total_batch_size} does not divide into batch_size {cfg.batch_size} windows of "
-            f"{block_size} tokens on {world_size} process{'es' * (world_size > 1)}; {nearest_fit} would"
+            f"total_batch_size {cfg.total_batch_size} does not divide into windows of {block_size} tokens; "
+            f"{max(1, round(cfg.total_batch_size / unit)) * unit} does"
         )
+    share, rest = divmod(step_windows, world_size)
+    if rest:
+        fitting = [n for n in range(1, step_windows + 1) if step_windows % n == 0]
+        near = [max(n for n in fitting if n < world_size), *[n for n in fitting if n > world_size][:1]]
+        raise UserError(
+            f"total_batch_size {cfg.total_batch_size} is {step_windows} windows of {block_size} tokens, which do not "
+            f"divide among {world_size} processes; {' or '.join(map(str, near))} processes can share them"
+        )
+    batch_size = max(n for n in range(1, min(cfg.batch_size, share) + 1) if share % n == 0)
     return step_windows, batch_size, share // batch_size
 
 
@@ -585,7 +700,7 @@ def score_hellaswag(
     model.eval()
     verdicts = judge_all(model, parts.hellaswag, parts.batch_size, autocast, rt, lambda _: not signals.signum)
     model.train()
-    stop = int(gather(torch.tensor([float(signals.signum)], device=rt.device), rt).max())
+    stop = received_by_any(signals, rt)
     return {} if stop else {f"hellaswag_{name}": s.value for name, s in summarise(verdicts).items()}, stop
 
 
@@ -608,5 +723,4 @@ def versions() -> str:
 
 
 if __name__ == "__main__":
-    config = parse_config(sys.argv[1:])
-    run_script(lambda: train(config), sturdy=True)
+    run_script(recorded(lambda: train(parse_config(sys.argv[1:]))), sturdy=True)

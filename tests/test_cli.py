@@ -20,6 +20,7 @@ from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}  # buffers fail late, at exit too
 needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="takes a POSIX shell")
 
 
@@ -28,7 +29,7 @@ def shell(*command: object, redirect: str = "", **environment: str) -> subproces
     return subprocess.run(
         ["sh", "-c", f'exec "$0" "$@" {redirect}', sys.executable, *map(str, command)],
         capture_output=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**ENVIRONMENT, **environment},
     )
 
 
@@ -94,7 +95,7 @@ def test_closed_input_is_one_sentence(read: str) -> None:
 def test_streams_of_another_encoding_take_any_text() -> None:
     body = r"print('é \udcff', input()); print('漢', file=sys.stderr)"
     command = [sys.executable, "-c", program(body)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(command, input=b"a\xff\n", capture_output=True, env=environment)
     assert (done.returncode, done.stdout.split(), done.stderr.split()) == (
         0,
@@ -139,7 +140,7 @@ Path({str(tmp_path / "end")!r}).touch()
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"},
+            env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"},
         )
         while b"first" not in process.stdout.readline():
             pass
@@ -173,7 +174,7 @@ Path({str(tmp_path / "end")!r}).touch()
     ],
 )
 def test_how_scripts_end(body: str, code: int, said: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run([sys.executable, "-c", program(body)], capture_output=True, encoding="utf-8", env=environment)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr == said or re.fullmatch(said, done.stderr, re.DOTALL), done.stderr
@@ -196,7 +197,7 @@ def test_training_needs_no_reader(workplace: Path) -> None:
         ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, ROOT / "train.py", "tiny.toml"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},  # which lacks characters of the passage
+        env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"},  # which lacks characters of the passage
     )
     assert process.stdout.readline().startswith(b"training")
     process.stdout.close()

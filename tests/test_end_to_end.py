@@ -21,8 +21,8 @@ from checkpoint import checkpoints, load_state
 from cli import UserError, run_script
 from config import parse_config
 from dataset import write_shards
+from distributed import place_in_group
 from model import GPT
-from runtime import place_in_group
 from tokenizer import load_tokenizer
 from train import largest_batch, split_batch, train
 

@@ -24,8 +24,8 @@ import scoring
 import train
 from checkpoint import checkpoints
 from cli import run_script
+from distributed import Runtime
 from model import GPT, GPTConfig
-from runtime import Runtime
 from scoring import Example, Likelihood, Row, build, detokenized, judge_all, likelihoods, sliding, summarise
 from tokenizer import load_tokenizer
 

@@ -215,7 +215,7 @@ def test_settings_that_change_no_mathematics_are_accepted_and_said(
     capsys.readouterr()
     run_tiny("--max_steps", "8", "--resume", "--batch_size", "2", "--log_interval", "2", "--eval_interval", "3")
     said = capsys.readouterr().out.splitlines()[0]
-    assert "max_steps was 4, is now 8" in said and "the cosine schedule now ends at step 8" in said
+    assert "max_steps was 4, is now 8" in said and "the linear schedule now ends at step 8" in said
     assert "batch_size was 8, is now 2" in said
     config = Path("out/tiny/config.toml").read_text()
     assert "max_steps = 8" in config and config.startswith("# step 0: Python") and "\n# step 4: Python" in config

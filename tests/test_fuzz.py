@@ -27,10 +27,10 @@ import train as train_module
 from checkpoint import STATE_FILE, STATE_KEYS, SUMS_FILE, CheckpointWriter, checkpoints, damage, load_state
 from config import TrainConfig, parse_config
 from dataset import TokenDataset, open_shard, write_shards
+from distributed import Runtime
 from metrics import MetricsLog
 from model import GPT, GPTConfig
 from optim import learning_rate_at
-from runtime import Runtime
 from tokenizer import load_tokenizer
 from train import Parts, load, train
 

@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 import loss
 from config import TrainConfig
+from distributed import Runtime
 from loss import lean_cross_entropy
 from model import GPT, GPTConfig
-from runtime import Runtime, to_device
+from runtime import to_device
 from train import ready
 
 

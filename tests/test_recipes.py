@@ -122,7 +122,7 @@ def test_a_recipe_trains_stops_resumes_and_its_model_is_of_use(
     assert 0 < loss < np.log(51_000)
     run("visualize.py", f"out/{name}", "--out", f"{name}-figures", "--text", "To be")
     visualize.visualize(visualize.parse_args())
-    assert "learning" in (Path(f"{name}-figures") / "index.html").read_text(encoding="utf-8").lower()
+    assert len(list(Path(f"{name}-figures").glob("*.png"))) > 9 and Path(f"{name}-figures", "index.html").is_file()
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer("ROMEO:", return_tensors="pt").input_ids
