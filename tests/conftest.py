@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ from hypothesis import settings
 
 from dataset import write_shards
 from tokenizer import load_tokenizer
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell: what tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, so that a red test is red again; HYPOTHESIS_PROFILE=random looks for new ones.
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
@@ -51,7 +55,12 @@ def seeded() -> None:
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to run in, with a small corpus of bytes at data/shakespeare."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data" / "shakespeare"
+    write_corpus(tmp_path)
+    return tmp_path
+
+
+def write_corpus(place: Path) -> None:
+    folder = place / "data" / "shakespeare"
     folder.mkdir(parents=True)
     tokenizer = load_tokenizer("bytes")
     rng = np.random.default_rng(0)
@@ -61,7 +70,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         split: write_shards(folder, split, [np.array([256, *tokenizer.encode(text[split])])], 257) for split in text
     }
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "shards": shards}))
-    return tmp_path
 
 
 @pytest.fixture

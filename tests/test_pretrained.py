@@ -654,7 +654,7 @@ def test_a_hub_name_and_revision_are_resolved(from_cache: dict[str, Any], case: 
 )
 def test_what_is_not_in_the_cache_is_a_clear_error(from_cache: dict[str, Any], case: str, message: str) -> None:
     kind, text = from_cache[case]
-    assert kind == "ValueError"
+    assert kind == "ModelError"
     assert message in text
 
 
