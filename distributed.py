@@ -84,6 +84,11 @@ class Peers:
         return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.launcher
 
     def end(self) -> None:
+        """Every process calls this last. The first one, whose launcher may keep the store, ends after the others."""
+        with suppress(RuntimeError):
+            self.store.set(f"left/{self.rank}", "")
+            for rank in range(1, self.world_size if self.rank == 0 else 0):
+                self._wait(f"left/{rank}", rank)
         self.ended.set()
         self.heart.join()
 
@@ -98,7 +103,7 @@ class Peers:
             elif time.monotonic() - heard > self.timeout:
                 raise RuntimeError(f"timed out, no sign of life from process {rank}")
             time.sleep(pause)
-            pause = min(0.2, 1.5 * pause)
+            pause = min(0.05, 1.5 * pause)
         return self.store.get(key)
 
     def _beat(self) -> None:
@@ -199,6 +204,7 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
         yield rt
         leave_group(rt)
     except SharedError:
+        leave_group(rt)
         raise
     except UserError as error:
         raise UserError(f"{error} ({place(rank)})" if rt.peers else str(error)) from error
@@ -270,8 +276,8 @@ def all_ranks_or_none(rt: Runtime) -> Iterator[None]:
     try:
         rt.peers.all_gather(None, text)
     except SharedError:
-        leave_group(rt)
         if error and text != str(error):
+            leave_group(rt)
             raise error from None
         raise
 
@@ -279,16 +285,16 @@ def all_ranks_or_none(rt: Runtime) -> Iterator[None]:
 def same_everywhere(rt: Runtime, facts: dict[str, Any]) -> None:
     """Raises SharedError: the processes differ in one of these facts (of JSON); it says who has what."""
     told = rt.all_gather([place(rt.rank), facts])
-    names = [name for name in facts if any(theirs.get(name) != facts[name] for _, theirs in told)]
+    common = [name for name in told[0][1] if all(name in theirs for _, theirs in told)]
+    names = [name for name in common if any(theirs[name] != facts[name] for _, theirs in told)]
     if not names:
         return
     differences = []
     for name in names:
         holders: dict[str, list[str]] = {}
         for where, theirs in told:
-            holders.setdefault(json.dumps(theirs.get(name)), []).append(where)
+            holders.setdefault(json.dumps(theirs[name]), []).append(where)
         differences.append(f"{name} is " + " and ".join(f"{value} at {listed(at)}" for value, at in holders.items()))
-    leave_group(rt)
     raise SharedError(f"the processes do not agree: {'; '.join(differences)}; start all of them with the same")
 
 

@@ -167,6 +167,7 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
     model.train()
     if rt.peers:
         rt.peers.training = True
+    common_steps = min(rt.all_gather(parts.accumulation_steps))  # micro-steps that all processes make
     ask_others = True  # between micro-steps, whether they got a signal; after the first step only where these are slow
     with StopSignals() as signals, closing(batches), bar, writer or nullcontext():
         if rt.world_size == 1 and forward.__class__ is Loss:  # not compiled
@@ -220,7 +221,7 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
             loss, step_began = torch.zeros((), device=rt.device), time.perf_counter()
             try:
                 for micro_step in range(parts.accumulation_steps):
-                    if ask_others or rt.world_size == 1:
+                    if (ask_others and micro_step < common_steps) or rt.world_size == 1:
                         stop = received_by_any(signals, rt)
                     if stop:
                         break
@@ -254,7 +255,7 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
             log_due = due(step, cfg.log_interval, cfg)
             figures = torch.stack([loss, grad_norm, bad_steps, bad_streak, *everyones[:, 1:].max(dim=0).values])
             at, (train_loss, norm, n_bad, n_streak, signum, seconds) = late_reader.read(step, figures, now=log_due)
-            stop, ask_others = int(signum), seconds > parts.accumulation_steps
+            stop, ask_others = int(signum), seconds > common_steps
             if log and log_due:
                 tokens_per_sec = (step - clock_step) * step_tokens / (time.perf_counter() - clock)
                 line = {"step": step, "tokens": step * step_tokens, "train_loss": train_loss, "lr": learning_rate}
@@ -431,7 +432,8 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, dtype: torch.dtyp
         rows = sample(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
         hellaswag = check_fit(build("hellaswag", rows, tokenizer, block_size, block_size), block_size)
     # From here on the processes work together, so what fails in one alone must have failed by now.
-    same_everywhere(rt, {"data": data_fingerprint, "sum of the weights": weight_sums(model).sum().item()})
+    weights = weight_sums(model).sum().item()
+    same_everywhere(rt, {"fingerprint of the data": data_fingerprint[:12], "sum of the weights": weights})
     if rt.world_size > 1 and cfg.parallel != "ddp":
         shard(model, cfg.parallel, getattr(torch, cfg.reduce_dtype))
     optimizer = make_optimizer(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, cfg.beta1, cfg.beta2)
