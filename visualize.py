@@ -695,7 +695,6 @@ def draw_attention(subject: Subject) -> Iterator[Section]:
         "counted from 0; choose others with --layer and --head."
     )
     yield Section("Attention", explanation, save(subject, figure, "attention.png"))
-    figure.set_layout_engine("none")  # it has been laid out
     figure.set_dpi(100)
     animate(figure, maps, [subject.label(token) for token in ids], args.out / "attention.gif")
     yield Section(
@@ -706,6 +705,7 @@ def draw_attention(subject: Subject) -> Iterator[Section]:
 def animate(figure: Figure, maps: list[AxesImage], labels: list[str], path: Path) -> None:
     """Write a GIF in which the maps (T, T) of a figure appear row by row, with the newest labels below."""
     full = pixels(figure)
+    figure.set_layout_engine("none")  # both frames alike
     for shown in maps:
         shown.set_visible(False)
     frame = pixels(figure)

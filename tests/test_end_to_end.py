@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
+import bench
 from checkpoint import checkpoints, load_state
 from cli import UserError, run_script
 from config import parse_config
@@ -370,10 +371,13 @@ def test_sample_bad_input(
     assert ended.value.code == code or (isinstance(code, str) and ended.value.code.startswith(code))
 
 
-def test_bench_times_the_loop_of_training(workplace: Path) -> None:
+def test_bench_times_the_loop_of_training(workplace: Path, capsys: pytest.CaptureFixture) -> None:
     sizes = "n_layer=1 n_head=1 n_embd=8 block_size=16 batch_size=2,4 total_batch_size=64 device=cpu compile=false"
-    command = [ROOT / "bench.py", "train", TINY[0], "--set", *sizes.split(), "--steps", 5, "--profile", "t.json"]
-    lines = script(*command).stdout.splitlines()
+    command = ["train", TINY[0], "--set", *sizes.split(), "--steps", "5", "--profile", "t.json"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bench.py", *command])
+        bench.main(bench.parse_args())
+    lines = capsys.readouterr().out.splitlines()
     rates = [float(line.split("|")[2].replace(",", "")) for line in lines if "batch_size=" in line and "|" in line]
     assert len(rates) == 2 and min(rates) > 0
     ratio = float(lines[-1].partition(": ")[2].split()[0])
@@ -391,14 +395,14 @@ def test_finetune_recipe_from_a_local_folder(workplace: Path) -> None:
     """configs/finetune_shakespeare.toml as it is, but for its size: offline, sizes from the weights."""
     data, tokenizer = Path("data/shakespeare-gpt2"), load_tokenizer("gpt2")
     data.mkdir()
-    ids = np.array([tokenizer.eot, *tokenizer.encode("to be or not to be, that is the question\n" * 200)])
+    ids = np.array([tokenizer.eot, *tokenizer.encode("to be or not to be, that is the question\n" * 50)])
     shards = {split: write_shards(data, split, [ids], tokenizer.n_vocab) for split in ("train", "val")}
     (data / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 50257, "shards": shards}))
     config = GPT2Config(n_positions=64, n_layer=1, n_head=2, n_embd=32)
     GPT2LMHeadModel(config).save_pretrained("published")
     recipe = str(ROOT / "configs" / "finetune_shakespeare.toml")
     flags = ["--init_from", "published", "--total_batch_size", "512", "--device", "cpu", "--learning_rate", "1e-2"]
-    train(parse_config([recipe, *flags, "--max_steps", "20"]))
+    train(parse_config([recipe, *flags, "--max_steps", "15"]))
     saved = checkpoints(Path("out/finetune_shakespeare"))[-1]
     assert curve("finetune_shakespeare", "val_loss")[-1] < curve("finetune_shakespeare")[0] - 1
     theirs = AutoModelForCausalLM.from_pretrained(saved)
