@@ -331,8 +331,14 @@ def panels(subject: Subject, title: str, n: int, height: float) -> tuple[Figure,
 
 
 def save(subject: Subject, figure: Figure, file: str) -> str:
-    figure.savefig(subject.args.out / file)
+    pixels(figure).save(subject.args.out / file, dpi=(figure.dpi, figure.dpi))
     return file
+
+
+def pixels(figure: Figure) -> Image.Image:
+    """What `figure.savefig` would write, which draws twice: the first time for the layout alone."""
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
 def heatmap(axes: Axes, values: Tensor, limit: float = 0, rows: Sequence[str] = (), **names: str) -> None:
@@ -698,15 +704,11 @@ def draw_attention(subject: Subject) -> Iterator[Section]:
 
 def animate(figure: Figure, maps: list[AxesImage], labels: list[str], path: Path) -> None:
     """Write a GIF in which the maps (T, T) of a figure appear row by row, with the newest labels below."""
-
-    def pixels() -> Image.Image:
-        figure.canvas.draw()
-        return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-
-    full = pixels()
+    full = pixels(figure)
+    figure.set_layout_engine("none")  # both frames alike
     for shown in maps:
         shown.set_visible(False)
-    frame = pixels()
+    frame = pixels(figure)
     font = ImageFont.truetype(findfont("DejaVu Sans Mono"), 13)
     colours = np.concatenate([colormaps["viridis"](np.linspace(0, 1, 240)), colormaps["gray"](np.linspace(0, 1, 16))])
     palette = Image.new("P", (1, 1))

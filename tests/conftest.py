@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +15,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes with two thr
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from dataset import write_shards
 from tokenizer import load_tokenizer
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell: what tests start inherits it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in every run, so that a red test is red again; HYPOTHESIS_PROFILE=random looks for new ones.
+settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("random", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 PAGE = 4096  # in which a tmpfs counts
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,11 +43,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers do not depend on which tests ran before."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+
+
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to run in, with a small corpus of bytes at data/shakespeare."""
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "data" / "shakespeare"
+    write_corpus(tmp_path)
+    return tmp_path
+
+
+def write_corpus(place: Path) -> None:
+    folder = place / "data" / "shakespeare"
     folder.mkdir(parents=True)
     tokenizer = load_tokenizer("bytes")
     rng = np.random.default_rng(0)
@@ -46,7 +70,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         split: write_shards(folder, split, [np.array([256, *tokenizer.encode(text[split])])], 257) for split in text
     }
     (folder / "meta.json").write_text(json.dumps({"tokenizer": "bytes", "vocab_size": 257, "shards": shards}))
-    return tmp_path
 
 
 @pytest.fixture

@@ -294,7 +294,7 @@ def configs(draw: st.DrawFn) -> TrainConfig:
 @example(TrainConfig())
 @example(TrainConfig(data='C:\\data\\"mine"', run_name="läuft \U0001f680", init_from="a\xa0b\u3000c\ufeff"))
 @example(TrainConfig(learning_rate=1e22, min_learning_rate=1e-300, grad_clip=5e-324))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_saved_settings_are_read_back_the_same(tmp_path_factory: pytest.TempPathFactory, config: TrainConfig) -> None:
     path = tmp_path_factory.mktemp("run") / "config.toml"
     config.save(path, ["Python 3, torch 2", "commit unknown"])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from dataset import TokenDataset, evaluation_batches, open_shard, permute, training_batches, write_shards
 from runtime import to_device
 
-QUICK = settings(max_examples=50, deadline=None)
+QUICK = settings(max_examples=50)
 
 
 def llm_c_shard(ids: list[int], wide: bool = False) -> bytes:
@@ -178,7 +178,7 @@ def places(value: object) -> list[tuple[Any, Any]]:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_malformed_meta_json_is_a_value_error(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = write_folder(tmp_path_factory.mktemp("data"), train=[list(range(40))], val=[list(range(20))])
     meta = json.loads((folder / "meta.json").read_text())

@@ -89,7 +89,7 @@ def scores_of(model: GPT, examples: list[Example], batch_size: int = 5) -> list[
 # The loop.
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.tuples(st.integers(2, 33), st.integers(1, 40)), min_size=1, max_size=6), seed=st.integers(0, 99)
 )
@@ -134,7 +134,6 @@ def test_ratio_and_its_error() -> None:
     assert math.isnan(summarise([{"acc": (1, 1)}])["acc"].stderr)
 
 
-@settings(deadline=None)
 @given(n=st.integers(0, 200), block_size=st.integers(1, 40), data=st.data())
 def test_windows_score_each_token_once(n: int, block_size: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, block_size))

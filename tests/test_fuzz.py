@@ -35,7 +35,7 @@ from tokenizer import load_tokenizer
 from train import Parts, load, train
 
 # Hypothesis must neither time the examples (other work shares the cores) nor mind that some draws are large.
-FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+FUZZ = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 SECONDS = 90  # for a whole test; the slowest takes a tenth of that
 
 CONFIG = """

@@ -81,7 +81,7 @@ def write(generation: Generation, steps: int) -> list[list[int]]:
 # Cache
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), model=networks(), static=st.booleans())
 @torch.no_grad()
 def test_cached_logits_are_those_of_a_full_pass(data: st.DataObject, model: GPT, static: bool) -> None:
@@ -184,7 +184,7 @@ def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
     assert alone.tolist() == [prompts[1] + theirs_text[1]]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), model=networks(), sampling=samplings(), seed=st.integers(0, 2**62), steps=st.integers(1, 30))
 def test_a_row_writes_what_it_writes_alone(
     data: st.DataObject, model: GPT, sampling: dict[str, Any], seed: int, steps: int
@@ -212,7 +212,7 @@ def test_a_row_writes_what_it_writes_alone(
     assert together == [text[:end] for text, end in zip(alone, ends)]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), model=networks(), sampling=samplings(), seed=st.integers(0, 2**62))
 @torch.no_grad()
 def test_text_is_that_of_a_loop_without_a_cache(
@@ -332,7 +332,7 @@ def test_bfloat16_works_where_its_weights_cannot_be_laid_out_anew(monkeypatch: p
 
 
 @needs_kernels
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 20),
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 70)),
@@ -375,7 +375,7 @@ def test_many_rows_go_to_amx_where_there_is_some(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_kernels
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 70),
     columns=st.integers(1, 200),
@@ -410,7 +410,7 @@ def test_weights_of_a_network_take_about_12_bits() -> None:
 
 
 @needs_kernels
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=10),
     heads=st.sampled_from([(32, 1), (8, 4), (32, 15), (2, 16), (32, 17), (1, 64), (2, 80)]),

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -20,7 +20,6 @@ from runtime import to_device
 from train import ready
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 12),
     st.integers(1, 40),

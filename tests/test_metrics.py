@@ -127,7 +127,7 @@ def test_torn_last_line_is_removed_wherever_it_was_cut(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_interrupted_run_leaves_the_file_of_one_that_was_not(data: st.DataObject) -> None:
     """Killed anywhere, also within a line, and resumed at a step whose lines were all written, several times."""

@@ -128,7 +128,7 @@ def assert_same_function(ours: GPT, theirs: nn.Module, seed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_equals_transformers_gpt2_with_weights_copied_by_hand(activation: str, data: st.DataObject, seed: int) -> None:
     config = data.draw(configs(activation, post_norm=False))
@@ -476,7 +476,7 @@ def uniform(n: int, seed: int = 0) -> Tensor:
     return torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     steps=st.lists(st.integers(-100, 100), min_size=1, max_size=8, unique=True),
     temperature=st.floats(0.7, 10),
@@ -524,7 +524,7 @@ def test_ties_at_the_last_place_leave_exactly_k(top_k: int, top_p: float | None)
     assert {1, 4}.issubset(drawn) or drawn == [1]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**31),
     size=st.integers(1, 300),

@@ -13,7 +13,7 @@ from torch import nn
 from model import GPT, GPTConfig
 from optim import learning_rate_at, load_optimizer, make_optimizer, orthogonalize, parameter_groups
 
-QUICK = settings(max_examples=50, deadline=None)
+QUICK = settings(max_examples=50)
 SCHEDULES = ["cosine", "linear", "wsd"]
 RUN = {"max_steps": 1000, "warmup_steps": 200, "learning_rate": 6e-4, "min_learning_rate": 6e-5}
 

@@ -71,7 +71,11 @@ def test_each_process_holds_its_share(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(in_each_process, (4, port, tmp_path), nprocs=4)
+    method = "spawn"
+    if "forkserver" in torch.multiprocessing.get_all_start_methods():
+        method = "forkserver"  # imports once rather than in each process
+        torch.multiprocessing.set_forkserver_preload(["parallel", "torch.distributed.fsdp", "torch._dynamo"])
+    torch.multiprocessing.start_processes(in_each_process, (4, port, tmp_path), nprocs=4, start_method=method)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
     n_params = sum(p.numel() for p in GPT(CONFIG).parameters())
     n_matrices = sum(p.numel() for name, p in GPT(CONFIG).named_parameters() if name.startswith("h.") and p.dim() == 2)

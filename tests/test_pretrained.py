@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size,
 
 
 @pytest.mark.parametrize(("activation", "post_norm"), KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_a_folder_of_transformers_loads_as_the_same_function(
     activation: str, post_norm: bool, data: st.DataObject, seed: int
@@ -94,7 +95,7 @@ def test_a_folder_of_transformers_loads_as_the_same_function(
 
 
 @pytest.mark.parametrize(("activation", "post_norm"), KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data(), seed=st.integers(0, 2**31))
 def test_a_folder_of_ours_loads_in_transformers_as_the_same_function(
     activation: str, post_norm: bool, data: st.DataObject, seed: int
@@ -109,7 +110,7 @@ def test_a_folder_of_ours_loads_in_transformers_as_the_same_function(
 
 
 @pytest.mark.parametrize(("activation", "post_norm"), KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     data=st.data(),
     dropout=st.sampled_from([0.0, 0.1]),
@@ -654,7 +655,7 @@ def test_a_hub_name_and_revision_are_resolved(from_cache: dict[str, Any], case: 
 )
 def test_what_is_not_in_the_cache_is_a_clear_error(from_cache: dict[str, Any], case: str, message: str) -> None:
     kind, text = from_cache[case]
-    assert kind == "ValueError"
+    assert kind == "ModelError"
     assert message in text
 
 
@@ -709,7 +710,7 @@ def test_a_pipeline_answers_with_our_greedy_text(tmp_path: Path) -> None:
 # Memory
 
 MEASURE = """
-import sys
+import os, sys
 from pathlib import Path
 from model import GPT
 
@@ -718,38 +719,43 @@ def peak_bytes():
     return int(line.split()[1]) * 1024
 
 GPT.from_pretrained(sys.argv[1])  # a small one, for whatever is imported or allocated once
-before = peak_bytes()
-model = GPT.from_pretrained(sys.argv[2])
-print(peak_bytes() - before)
+for folder in sys.argv[2:]:
+    if not (child := os.fork()):  # whose peak begins at what it takes now
+        before = peak_bytes()
+        model = GPT.from_pretrained(folder)
+        print(peak_bytes() - before, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux's /proc")
-@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin", "legacy pytorch_model.bin"])
-def test_loading_takes_little_more_memory_than_the_weights(kind: str, tmp_path: Path, published: Path) -> None:
-    config = GPTConfig(block_size=512, vocab_size=8000, n_layer=8, n_head=12, n_embd=768)
+def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path, published: Path) -> None:
+    config = GPTConfig(block_size=512, vocab_size=8000, n_layer=3, n_head=12, n_embd=768)
     with torch.device("meta"):
         model = GPT(config)
     model.to_empty(device="cpu")
     with torch.no_grad():
         for p in model.parameters():
-            p.uniform_(-0.1, 0.1)
-    model.save_pretrained(tmp_path)
-    file = tmp_path / kind.removeprefix("legacy ")
-    if kind != "model.safetensors":
-        tensors = load_file(tmp_path / "model.safetensors")
-        torch.save(tensors, file, _use_new_zipfile_serialization=not kind.startswith("legacy"))
-        (tmp_path / "model.safetensors").unlink()
-    size = file.stat().st_size
-    assert size > 200e6
+            p.fill_(0.1)
+    model.save_pretrained(tmp_path / "safetensors")
+    tensors = load_file(tmp_path / "safetensors" / "model.safetensors")
+    for kind in ("zip", "legacy"):
+        (tmp_path / kind).mkdir()
+        shutil.copy(tmp_path / "safetensors" / "config.json", tmp_path / kind)
+        torch.save(tensors, tmp_path / kind / "pytorch_model.bin", _use_new_zipfile_serialization=kind == "zip")
+    size = (tmp_path / "safetensors" / "model.safetensors").stat().st_size
+    assert size > 100e6
+    folders = [str(tmp_path / kind) for kind in ("safetensors", "zip", "legacy")]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(published), str(tmp_path)],
+        [sys.executable, "-c", MEASURE, str(published), *folders],
         env=os.environ | {"PYTHONPATH": str(Path(model_module.__file__).parent)},
         capture_output=True,
         text=True,
         check=False,
     )
-    for path in tmp_path.iterdir():
-        path.unlink()
+    for folder in folders:
+        shutil.rmtree(folder)
     assert done.returncode == 0, done.stderr
-    assert 0.9 * size < int(done.stdout) < 1.2 * size
+    peaks = list(map(int, done.stdout.split()))
+    assert len(peaks) == 3 and all(0.9 * size < peak < 1.2 * size for peak in peaks), (size, peaks)

@@ -128,7 +128,7 @@ def written(draw: st.DrawFn) -> tuple[list[bytes], list[str]]:
     return pieces, draw(st.lists(stop.filter(bool), max_size=3))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(case=written())
 @example(case=([b"a", b"a", b"b", b"c"], ["abc", "aabd"]))  # the longer one is held back, the shorter one comes
 @example(case=(["漢".encode()[:1], "漢".encode()[1:] + b"x"], ["漢x"]))
@@ -150,7 +150,7 @@ def test_pieces_are_the_text_before_the_first_stop(case: tuple[list[bytes], list
     assert row.close() == ""
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.binary(min_size=1, max_size=4) | st.sampled_from([b"\xf0\x9f", b"\xc3", b"\xa9", b"\x99\x82"])))
 def test_bytes_that_are_no_text_are_shown_as_a_whole_decoder_shows_them(pieces: list[bytes]) -> None:
     row = RowText(Pieces(pieces), [], ignore_eot=False)
@@ -210,7 +210,9 @@ def test_streamed_output_is_whole_characters_at_every_moment(
 # Command line
 
 
-def test_a_file_of_prompts_to_json_lines(model: str, tmp_path: Path) -> None:
+def test_a_file_of_prompts_to_json_lines(
+    model: str, run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     (tmp_path / "prompts.txt").write_text("a\n\né漢\nc\n", encoding="utf-8")
     output = tmp_path / "out.jsonl"
     flags = ["--prompts_file", tmp_path / "prompts.txt", "--num_samples", 3, "--max_new_tokens", 12, "--seed", 3]
@@ -236,13 +238,14 @@ def test_a_file_of_prompts_to_json_lines(model: str, tmp_path: Path) -> None:
             assert logprob == pytest.approx(math.log(1 / 5) if chosen else 0.0, abs=0.02), (before, token)
 
     before = output.read_bytes()
-    again = script(model, *flags, "--output", output)
-    assert again.returncode == 1 and f"{output} exists already" in again.stderr
-    assert len(again.stderr.splitlines()) == 1 and output.read_bytes() == before
+    with pytest.raises(UserError, match=f"{re.escape(str(output))} exists already"):
+        run(*flags, "--output", output)
+    assert output.read_bytes() == before
 
-    stream = script(model, *flags)
+    capsys.readouterr()
+    run(*flags)
     expected = "".join(f"--- {i + 1} of 12 ---\n{line['prompt']}{line['text']}\n" for i, line in enumerate(results))
-    assert stream.returncode == 0 and stream.stdout == expected, "printed and filed texts of a seed are the same"
+    assert capsys.readouterr().out == expected, "printed and filed texts of a seed are the same"
 
 
 def test_batches_of_any_size_write_the_same_file(run: Callable[..., None], tmp_path: Path) -> None:
@@ -340,10 +343,9 @@ def test_no_prompts(content: bytes | None, run: Callable[..., None], tmp_path: P
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_missing_prompts_file_is_one_sentence(model: str, tmp_path: Path) -> None:
-    done = script(model, "--prompts_file", tmp_path / "none.txt")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == f"error: there is no file {tmp_path / 'none.txt'}\n"
+def test_a_missing_prompts_file_is_one_sentence(run: Callable[..., None], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^there is no file {re.escape(str(tmp_path / 'none.txt'))}$"):
+        run("--prompts_file", tmp_path / "none.txt")
 
 
 @pytest.mark.parametrize(

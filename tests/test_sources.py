@@ -102,7 +102,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
         pytest.skip(f"{request.param} cannot be downloaded here")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=texts_of_atoms, piece_chars=st.integers(5, 50), data=st.data())
 def test_pieces_are_the_document_and_their_tokens_those_of_the_whole(
     tokenizer: Tokenizer, text: str, piece_chars: int, data: st.DataObject

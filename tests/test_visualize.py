@@ -440,10 +440,10 @@ def test_only_a_folder_of_ours_is_written_again(made: Path, run: Callable[..., N
 
 
 def test_what_is_wrong_ends_with_one_sentence_and_code_1(made: Path) -> None:
-    command = [sys.executable, SCRIPT, "--layer", "7"]
+    command = [sys.executable, SCRIPT, "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1
-    assert re.fullmatch(r"error: there is no layer 7; [^\n]*\n", done.stderr)
+    assert re.fullmatch(r"error: out holds files that are not of visualize.py; [^\n]*\n", done.stderr)
 
 
 @pytest.mark.parametrize("flags", [["--ids", "many"], ["--head", "first"], ["--compare"], ["--paint"]])
