@@ -57,7 +57,7 @@ from model import GPT, Generation, GPTConfig, ModelError
 from optim import learning_rate_at, load_optimizer, make_optimizer, own_share
 from parallel import distribute, gathered, rehearse, replicate, shard, synchronised_if, whole_weights
 from runtime import LateReader, StopSignals, describe, peak_flops, pick_dtype, to_device
-from scoring import Example, build, check_fit, judge_all, read_rows, sample, summarise
+from scoring import Example, build, check_fit, judge_all, nonfinite_tensor, read_rows, sample, summarise
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -541,6 +541,8 @@ def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | 
     model = load_model(
         source, dtype=torch.float32, device=rt.device, dropout=cfg.dropout, block_size=sizes.get("block_size")
     )
+    if name := nonfinite_tensor(model):
+        raise UserError(f"{source} has values in {name} that are not finite; begin with other weights")
     for name, value in {**sizes, "vocab_size": vocab_size}.items():
         loaded = getattr(model.config, name)
         if loaded != value:

@@ -24,7 +24,7 @@ from cli import UserError, run_script
 from config import parse_config
 from dataset import write_shards
 from distributed import place_in_group
-from model import GPT
+from model import GPT, GPTConfig
 from sample import parse_args, sample
 from tokenizer import load_tokenizer
 from train import largest_batch, split_batch, train
@@ -288,11 +288,35 @@ def test_auto_batch_size_trains_on_cuda(workplace: Path) -> None:
     run_tiny("--device", "cuda", "--batch_size", "auto", "--max_steps", "2")
 
 
-def test_batch_that_does_not_divide_is_refused(workplace: Path) -> None:
-    for flags in (["--total_batch_size", "500"], ["--batch_size", "7"]):
-        with pytest.raises(ValueError, match=r"does not divide .* would"):
-            run_tiny(*flags)
-        assert not Path("out/tiny").exists()
+def test_tokens_that_are_no_whole_windows_are_refused(workplace: Path) -> None:
+    with pytest.raises(UserError, match="500 does not divide into windows of 32 tokens; 512 does"):
+        run_tiny("--total_batch_size", "500")
+    assert not Path("out/tiny").exists()
+
+
+def test_batch_size_is_the_most_that_divides_a_share() -> None:
+    """So that a resumed run needs no other total_batch_size on another number of processes."""
+    config = parse_config([*TINY, "--total_batch_size", "384", "--batch_size", "2"])  # 12 windows
+    assert [split_batch(config, 32, n) for n in (1, 2, 3, 4, 6)] == [
+        (12, 2, 6),
+        (12, 2, 3),
+        (12, 2, 2),
+        (12, 1, 3),
+        (12, 2, 1),
+    ]
+    assert split_batch(parse_config([*TINY, "--batch_size", "7"]), 32, 1) == (16, 4, 4)
+    with pytest.raises(UserError, match=r"12 windows of 32 tokens, .* 5 processes; 4 or 6 processes can share them"):
+        split_batch(config, 32, 5)
+
+
+def test_weights_that_are_no_numbers_are_named_before_training(workplace: Path) -> None:
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=2, n_embd=8))
+    model.h[0].mlp.c_fc.weight.data[0, 0] = math.nan
+    model.save_pretrained("broken")
+    flags = ["--n_layer", "0", "--n_head", "0", "--n_embd", "0"]
+    with pytest.raises(UserError, match=r"broken has values in h\.0\.mlp\.c_fc\.weight that are not finite"):
+        run_tiny(*flags, "--init_from", "broken")
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
