@@ -1,9 +1,9 @@
 """Kill training processes at random moments, go on from what they left, and compare with runs left in peace.
 
-    python tests/soak_kill.py --kills 200 [--processes 2] [--seed 1]
+    python tests/soak_kill.py --kills 200 [--processes 2] [--parallel fsdp] [--seed 1]
 
-The weights and the metrics must be the same bit for bit. With several processes one of them is killed, and torchrun
-brings the group back.
+It is the default recipe, `python train.py`, with fewer steps and more checkpoints and evaluations. The weights and the
+metrics must be the same bit for bit. With several processes one of them is killed, and torchrun brings the group back.
 """
 
 import argparse
@@ -20,51 +20,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 EVAL_INTERVAL = 4
-CONFIG = f"""
-data = "data/mine"
-n_layer = 2
-n_head = 2
-n_embd = 32
-block_size = 32
-dropout = 0.2
-batch_size = 4
-total_batch_size = 512
-optimizer = "muon"
-max_steps = 300
-learning_rate = 1e-2
-warmup_steps = 10
-eval_interval = {EVAL_INTERVAL}
-checkpoint_interval = 3
-log_interval = 1
-device = "cpu"
-compile = false
-"""
+FLAGS = f"--max_steps 150 --eval_interval {EVAL_INTERVAL} --eval_tokens 2048 --checkpoint_interval 3 --log_interval 1"
 
 
-def soak(folder: Path, kills: int, processes: int = 1, seed: int = 0) -> Counter:
+def soak(folder: Path, kills: int, processes: int = 1, seed: int = 0, parallel: str = "ddp") -> Counter:
     """Kill that often, in as many runs as it takes. Returns how often it was in what.
 
     Raises:
         AssertionError: a run ended badly, or differs from the one left in peace.
     """
     rng = random.Random(seed)
-    words = ["to", "be", "or", "not", "that", "is", "the", "question", "whether", "nobler", "in", "mind"]
-    (folder / "text.txt").write_text(" ".join(rng.choice(words) for _ in range(8000)))
-    script = [sys.executable, ROOT / "prepare_data.py", "text", "text.txt", "--tokenizer", "bytes", "--name", "mine"]
-    subprocess.run(script, cwd=folder, check=True, capture_output=True)
-    (folder / "soak.toml").write_text(CONFIG)
-    disturb(folder, "peace", 0, processes, rng)
+    disturb(folder, "peace", 0, processes, rng, parallel)
     counted: Counter = Counter()
     for n in range(kills):
         if counted.total() < kills:
-            counted += disturb(folder, f"run_{n}", kills - counted.total(), processes, rng)
+            counted += disturb(folder, f"run_{n}", kills - counted.total(), processes, rng, parallel)
             assert weights(folder, f"run_{n}") == weights(folder, "peace"), f"the weights of run_{n} differ"
             assert metrics(folder, f"run_{n}") == metrics(folder, "peace"), f"the metrics of run_{n} differ"
             print(f"run_{n}: as the one left in peace; killed so far: {dict(counted)}", flush=True)
     return counted
 
 
-def disturb(folder: Path, run: str, kills: int, processes: int, rng: random.Random) -> Counter:
+def disturb(folder: Path, run: str, kills: int, processes: int, rng: random.Random, parallel: str) -> Counter:
     """Make one run, from the first process that starts it to the one that ends it."""
     counted: Counter = Counter()
     log = folder / f"{run}.log"
@@ -72,7 +49,7 @@ def disturb(folder: Path, run: str, kills: int, processes: int, rng: random.Rand
     while True:
         if process is None:
             process = subprocess.Popen(
-                command(run, processes),
+                command(run, processes, parallel),
                 cwd=folder,
                 stdout=log.open("a"),
                 stderr=subprocess.STDOUT,
@@ -97,12 +74,12 @@ def disturb(folder: Path, run: str, kills: int, processes: int, rng: random.Rand
         return counted
 
 
-def command(run: str, processes: int) -> list[object]:
-    script = [ROOT / "train.py", "soak.toml", "--run_name", run]
+def command(run: str, processes: int, parallel: str) -> list[object]:
+    script = [ROOT / "train.py", *FLAGS.split(), "--run_name", run]
     if processes == 1:
         return [sys.executable, *script, "--resume"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1000"]
-    return [*torchrun, f"--nproc_per_node={processes}", *script]
+    return [*torchrun, f"--nproc_per_node={processes}", *script, "--parallel", parallel]
 
 
 def wait_for(condition: object, seconds: float = 120) -> bool:
@@ -140,7 +117,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--parallel", default="ddp")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
-        soak(Path(directory), args.kills, args.processes, args.seed)
+        soak(Path(directory), args.kills, args.processes, args.seed, args.parallel)
