@@ -28,6 +28,7 @@ STEPS, STOP = 9, 5
 SMALL = f"--block_size 32 --total_batch_size 256 --batch_size 4 --max_steps {STEPS} --device cpu --compile false "
 SMALL += "--eval_interval 4 --eval_tokens 512 --checkpoint_interval 3 --log_interval 1 --keep_checkpoints 9"
 NETWORK = "--n_layer 2 --n_head 2 --n_embd 32"
+DRAWN_ALIKE = ("gpt2_350m", "gpt2_774m", "gpt2_1558m")  # as gpt2_124m once they are as small; five seconds each
 TEXT = "ROMEO:\nTo be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n\n"
 
 
@@ -88,41 +89,21 @@ def test_a_recipe_trains_stops_resumes_and_its_model_is_of_use(
     ours, theirs = (load_state(path)["optimizer"]["state"] for path in (model, whole))
     assert ours and all(torch.equal(ours[i][key], theirs[i][key]) for i in ours for key in ours[i])
 
+    def script(line: str) -> None:
+        monkeypatch.setattr(sys, "argv", line.split())
+
     capsys.readouterr()
-    run = lambda *argv: monkeypatch.setattr(sys, "argv", [str(arg) for arg in argv])  # noqa: E731
-    run(
-        "sample.py",
-        "--model",
-        model,
-        "--prompt",
-        "ROMEO:",
-        "--max_new_tokens",
-        8,
-        "--temperature",
-        0,
-        "--dtype",
-        "float32",
-    )
+    script(f"sample.py --model {model} --prompt ROMEO: --max_new_tokens 8 --temperature 0 --dtype float32")
     sample.sample(sample.parse_args())
     text = capsys.readouterr().out.removesuffix("\n")
-    run(
-        "eval.py",
-        model,
-        "--tasks",
-        "loss",
-        "--data",
-        parse_config(flags).data,
-        "--output",
-        f"{name}.json",
-        "--device",
-        "cpu",
-    )
+    script(f"eval.py {model} --tasks loss --data {parse_config(flags).data} --output {name}.json --device cpu")
     eval.main(eval.parse_args())
     loss = json.loads(Path(f"{name}.json").read_text())["scores"]["loss"]["loss"]["value"]
     assert 0 < loss < np.log(51_000)
-    run("visualize.py", f"out/{name}", "--out", f"{name}-figures", "--text", "To be")
-    visualize.visualize(visualize.parse_args())
-    assert len(list(Path(f"{name}-figures").glob("*.png"))) > 9 and Path(f"{name}-figures", "index.html").is_file()
+    if name not in DRAWN_ALIKE:
+        script(f"visualize.py out/{name} --out {name}-figures --text ROMEO")
+        visualize.visualize(visualize.parse_args())
+        assert len(list(Path(f"{name}-figures").glob("*.png"))) > 9 and Path(f"{name}-figures", "index.html").is_file()
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer("ROMEO:", return_tensors="pt").input_ids
