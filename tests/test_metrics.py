@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,28 @@ def test_sync_has_the_disk_hold_every_line(tmp_path: Path, monkeypatch: pytest.M
     log.sync()
     assert [json.loads(content) for content in synced] == [train_line(1)]
     log.close()
+
+
+def test_line_is_written_once_though_a_checkpoint_syncs_meanwhile(tmp_path: Path) -> None:
+    """`sync` comes from the thread that writes checkpoints, here in the middle of a write."""
+    log = MetricsLog(tmp_path, {}, 0)
+    file, syncing = log.file, threading.Thread(target=log.sync)
+
+    class SlowFile:
+        fileno = file.fileno
+
+        def write(self, content: bytes) -> int:
+            if not syncing.ident:
+                syncing.start()
+                syncing.join(timeout=0.2)  # it waits for this write
+            return file.write(content)
+
+    log.file = SlowFile()
+    log.write(train_line(1))
+    syncing.join()
+    log.file = file
+    log.close()
+    assert read(tmp_path) == [train_line(1)]
 
 
 def test_tensorboard_gets_each_figure_at_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
