@@ -277,11 +277,11 @@ def all_ranks_or_none(rt: Runtime) -> Iterator[None]:
         return
     try:
         rt.peers.all_gather(None, text)
-    except SharedError:
+    except SharedError as shared:
         if error and text != str(error):
             leave_group(rt)
             raise error from None
-        raise
+        raise shared from None
 
 
 def same_everywhere(rt: Runtime, facts: dict[str, Any]) -> None:
