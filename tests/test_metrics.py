@@ -224,18 +224,19 @@ def test_full_disk_delays_lines_and_loses_none(small_disk: Path, capsys: pytest.
 
 def test_full_disk_is_said_once_until_there_is_room(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     log = MetricsLog(tmp_path, {}, 0)
-    file, room = log.file, False
+    file, full = log.file, True
 
     class FullFile:
         name = "metrics.jsonl"
 
         def write(self, content: bytes) -> int:
-            if not room:
+            if full:
                 raise OSError(errno.ENOSPC, "No space left on device")
             return file.write(content)
 
     log.file = FullFile()
-    for step, room in enumerate([False, False, True, False, False], start=1):
+    for step in range(1, 6):
+        full = step != 3
         log.write(train_line(step))
         assert capsys.readouterr().err.count("warning") == (step in (1, 4))
     log.file = file
