@@ -1,5 +1,6 @@
 """metrics.jsonl: each line once and whole, through crashes, resumes and full disks."""
 
+import errno
 import importlib.machinery
 import json
 import math
@@ -219,6 +220,28 @@ def test_full_disk_delays_lines_and_loses_none(small_disk: Path, capsys: pytest.
     assert read(small_disk) == lines
     log.close()
     assert capsys.readouterr().err == ""
+
+
+def test_full_disk_is_said_once_until_there_is_room(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    log = MetricsLog(tmp_path, {}, 0)
+    file, full = log.file, True
+
+    class FullFile:
+        name = "metrics.jsonl"
+
+        def write(self, content: bytes) -> int:
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return file.write(content)
+
+    log.file = FullFile()
+    for step in range(1, 6):
+        full = step != 3
+        log.write(train_line(step))
+        assert capsys.readouterr().err.count("warning") == (step in (1, 4))
+    log.file = file
+    log.close()
+    assert read(tmp_path) == [train_line(step) for step in range(1, 6)]
 
 
 def test_run_killed_with_a_full_disk_goes_on_whole(small_disk: Path) -> None:
