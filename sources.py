@@ -11,7 +11,6 @@ import importlib.util
 import io
 import json
 import lzma
-import os
 import re
 import shutil
 import sys
@@ -97,15 +96,12 @@ def find_files(paths: list[str]) -> list[str]:
     """The files of a list of files and folders, each once; of a folder those of FORMATS, in the order of their names.
 
     Raises:
-        UserError: a path is not there, nothing in it can be read, or standard input is closed.
+        UserError: a path is not there, or nothing in it can be read.
     """
     found: dict[Path, str] = {}
     for given in paths:
         path = Path(given)
         if given == "-":
-            # cli.prepare_streams puts the null device in the place of a closed stream.
-            if sys.stdin is None or getattr(sys.stdin, "name", None) == os.devnull:
-                raise UserError("standard input is closed; pipe text into it, or name files instead of -")
             found[path] = given
         elif path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file() and split_name(file)[0] in FORMATS)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import ROOT, TINY
 
 import bench
 import eval as eval_script
@@ -19,7 +20,6 @@ from cli import as_text, run_script
 from model import GPT, GPTConfig
 from tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}  # buffers fail late, at exit too
 needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="takes a POSIX shell")
 
@@ -194,7 +194,7 @@ def test_scripts_with_closed_streams(model: Path, tmp_path: Path) -> None:
 @needs_sh
 def test_training_needs_no_reader(workplace: Path) -> None:
     process = subprocess.Popen(
-        ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, ROOT / "train.py", "tiny.toml"],
+        ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, ROOT / "train.py", *TINY],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"},  # which lacks characters of the passage
