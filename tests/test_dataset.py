@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import struct
 import threading
 from collections import Counter
@@ -16,7 +17,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset import TokenDataset, evaluation_batches, open_shard, permute, training_batches, write_shards
+from cli import UserError
+from dataset import ShardWriter, TokenDataset, evaluation_batches, open_shard, permute, training_batches, write_shards
 from runtime import to_device
 
 QUICK = settings(max_examples=50)
@@ -412,3 +414,36 @@ def test_to_device_ends_its_thread_when_closed() -> None:
     assert any(thread.name.startswith("batches") for thread in threading.enumerate())
     coming.close()
     assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"), [([0, 1, 2], "has become shorter"), ([0, 1, 2, 999, 4], "holds the id 999")]
+)
+def test_a_shard_that_changes_under_a_run_is_noticed(tmp_path: Path, ids: list[int], expected: str) -> None:
+    folder = write_folder(tmp_path, vocab_size=257, train=[[0, 1, 2, 3, 4]])
+    dataset = TokenDataset(folder, "train", 4)
+    (folder / "train_000000.bin").write_bytes(llm_c_shard(ids))
+    with pytest.raises(UserError, match=expected):
+        dataset.windows(np.array([0]))
+
+
+def test_shards_are_on_the_disk_before_they_are_called_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[str, int]] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")).name, os.fstat(descriptor).st_size))
+        real(descriptor)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("open files have no names here")
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer = ShardWriter(tmp_path, "train", 257, shard_tokens=4)
+    writer.add(np.arange(6))
+    assert synced == [("train_000000.bin", 1024 + 8)], "a full shard"
+    writer.sync()
+    assert synced[1:] == [("train_000001.bin", 1024 + 4)]
+    writer.finish()
+    assert {name for name, _ in synced[2:]} == {"train_000000.bin", "train_000001.bin"}, "with their headers"
