@@ -175,6 +175,8 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack, launcher: in
             interruptible(model, signals)
         while True:
             paused = time.perf_counter()
+            if evaluation_due or checkpoint_due or stop:
+                end_if_drifted(run, writer, model, step, rt)
             if evaluation_due and not stop:
                 with whole_weights(model, cfg.parallel):
                     val_loss, val_tokens, stop = evaluate(forward, parts, cfg.eval_tokens, autocast, signals, rt)
@@ -192,7 +194,6 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack, launcher: in
                     )
             last = stop or step == cfg.max_steps
             if checkpoint_due or last:
-                end_if_drifted(run, writer, model, step, rt)
                 progress.step, progress.windows = step, step * parts.step_windows
                 progress.evaluation_due = evaluation_due
                 progress.bad_steps, progress.bad_streak = int(bad_steps), int(bad_streak)

@@ -63,10 +63,10 @@ train.learning_rate_at = bent
 SLOW = """
 write, passage = checkpoint.CheckpointWriter._write, train.write_passage
 def slowly(*args):
-    time.sleep(5)
+    time.sleep(8)
     return write(*args)
 checkpoint.CheckpointWriter._write = slowly
-train.write_passage = lambda *args: (time.sleep(5), passage(*args))
+train.write_passage = lambda *args: (time.sleep(8), passage(*args))
 """
 
 
@@ -116,7 +116,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     case(first, "no_data", "--data", "data/none")
     case(first, "other_program", patch=("", "distributed.program_version = lambda: 'another'"))
     case(first, "drift", patch=("", DRIFT))
-    case(first, "slow", both=("--timeout", "2", "--max_steps", "4"), patch=(SLOW, ""))
+    case(first, "slow", both=("--timeout", "6", "--max_steps", "4"), patch=(SLOW, ""))
     for name in (
         "first_only",
         "second_only",
@@ -247,5 +247,5 @@ def test_copies_of_the_model_that_drift_apart_end_the_run(nodes: list[Path]) -> 
 
 
 def test_work_of_the_first_process_alone_does_not_count_against_the_timeout(nodes: list[Path]) -> None:
-    """Writing the last checkpoint and the passage: five seconds each here, with a timeout of two."""
+    """Writing the last checkpoint and the passage: eight seconds each here, with a timeout of six."""
     assert [result["end"] for result in results(nodes, "slow")] == ["", ""]
