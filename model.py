@@ -288,8 +288,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.cross_entropy = cross_entropy
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = _embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = _embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = nn.Identity() if config.post_norm else nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -738,6 +738,13 @@ def config_to_hf(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
         "scale_attn_weights": config.scale_attn_weights,
         "scale_attn_by_inverse_layer_idx": config.scale_attn_by_inverse_layer_idx,
     }
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding; without its first drawing on the meta device, which would import torch._dynamo: two seconds."""
+    if torch.get_default_device().type == "meta":
+        return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return nn.Embedding(rows, width)
 
 
 def _is_conv1d(name: str) -> bool:
