@@ -307,11 +307,11 @@ class CheckpointWriter(AbstractContextManager):
             files = sorted(partial.iterdir())
             (partial / SUMS_FILE).write_text("".join(f"{file_sha256(path)}  {path.name}\n" for path in files))
             for path in (*files, partial / SUMS_FILE, partial):
-                sync(path)
+                _sync(path)
             self.before()
             shutil.rmtree(final, ignore_errors=True)  # one that was damaged, so that the run began before it
             os.replace(partial, final)
-            sync(self.folder)
+            _sync(self.folder)
             (self.folder.parent / LATEST_FILE).write_text(final.name)
             self.error, self.newest = None, final
         except OSError as error:
@@ -360,7 +360,7 @@ def _on_host(value: Any) -> Any:
     return [_on_host(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Have the disk hold what was written to a file or folder."""
     if path.is_dir() and os.name == "nt":
         return  # Windows opens no folders

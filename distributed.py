@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from threading import Event, Thread
@@ -18,10 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from cli import MACHINE_ERRORS, UserError
-from runtime import keep_freed_memory, pick_device
+from runtime import keep_freed_memory, launcher_is_gone, pick_device
 
 # What Gloo, NCCL and the store say when another process is gone or does not answer.
 LOST = re.compile(
@@ -45,11 +44,11 @@ class Peers:
     however long its work takes. Collectives give up after `timeout` seconds.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float):
+    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float, launcher: int):
         self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
+        self.launcher = launcher
         self.training = False  # whether there is something to resume
         self.numbers = itertools.count()
-        self.launcher = os.getppid()
         self.ended = Event()
         self.heart = Thread(target=self._beat, daemon=True)
         self.heart.start()
@@ -66,7 +65,7 @@ class Peers:
             self.store.set(f"{number}/{self.rank}", json.dumps(mine))
             told = [json.loads(self._wait(f"{number}/{rank}", rank)) for rank in range(self.world_size)]
         except RuntimeError:
-            if not self.launcher_is_gone():
+            if not launcher_is_gone(self.launcher):
                 raise
             told = [None] * self.world_size  # torchrun kept the store; the processes still have each other
             dist.all_gather_object(told, mine)
@@ -76,12 +75,9 @@ class Peers:
                 places.setdefault(one["error"], []).append(one["place"])
         if places:
             everywhere = len(places) == 1 and len(next(iter(places.values()))) == self.world_size
-            told = [text if everywhere else f"{text} ({listed(at)})" for text, at in places.items()]
-            raise SharedError("; ".join(told))
+            sentences = [text if everywhere else f"{text} ({listed(at)})" for text, at in places.items()]
+            raise SharedError("; ".join(sentences))
         return [one["value"] for one in told]
-
-    def launcher_is_gone(self) -> bool:
-        return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.launcher
 
     def end(self) -> None:
         """Every process calls this last. The first one, whose launcher may keep the store, ends after the others."""
@@ -125,6 +121,7 @@ class Runtime:
     local_rank: int = 0
     world_size: int = 1
     peers: Peers | None = None
+    launcher: int = field(default_factory=os.getppid)  # the process number of torchrun, where that started this one
 
     @property
     def is_main(self) -> bool:
@@ -188,7 +185,7 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
     rt = Runtime(torch.device("cpu"), rank, local_rank, world_size)
     try:
         if world_size > 1:
-            rt = replace(rt, peers=meet(rank, world_size, timeout))
+            rt = replace(rt, peers=meet(rank, world_size, timeout, rt.launcher))
         with all_ranks_or_none(rt):
             rt = replace(rt, device=pick_device(device, local_rank))
         if rt.device.type == "cuda":
@@ -217,7 +214,7 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
         raise UserError(f"{place(rank)} lost the others, one ended or hangs ({first_line(error)}); {advice}") from error
 
 
-def meet(rank: int, world_size: int, timeout: float) -> Peers:
+def meet(rank: int, world_size: int, timeout: float, launcher: int) -> Peers:
     """Raises UserError: the others are not to be found."""
     try:
         if host := os.environ.get("MASTER_ADDR"):
@@ -233,7 +230,7 @@ def meet(rank: int, world_size: int, timeout: float) -> Peers:
         # torchrun keeps its store over a restart, and with it the addresses of processes that are gone. On
         # several nodes the count may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    return Peers(store, rank, world_size, timeout)
+    return Peers(store, rank, world_size, timeout, launcher)
 
 
 def leave_group(rt: Runtime) -> None:
@@ -316,7 +313,7 @@ def gather(values: Tensor, rt: Runtime) -> Tensor:
 
 def weight_sums(model: nn.Module) -> Tensor:
     """A checksum of each parameter that every process has whole, int64 (n,): the sum of its bits as integers."""
-    whole = [p.detach() for p in model.parameters() if not isinstance(p, DTensor)]
+    whole = [p.detach() for p in model.parameters() if not hasattr(p, "to_local")]
     return torch.stack([p.view(torch.int32).sum(dtype=torch.int64) for p in whole]) if whole else torch.zeros(0)
 
 

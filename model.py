@@ -214,7 +214,7 @@ class KVCache:
         """What a pass over T more tokens of each row needs.
 
         Raises:
-            ModelError: they do not fit.
+            ValueError: they do not fit.
         """
         max_len = self.k.shape[3]
         if self.extent + T > max_len:

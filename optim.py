@@ -5,7 +5,6 @@ import math
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
@@ -98,7 +97,9 @@ class Muon(torch.optim.AdamW):
         new = old.lerp(grads, 1 - momentum)
         torch._foreach_copy_(buffers, list(new.unbind()))
         update = grads.lerp(new, momentum)  # Nesterov's momentum
-        if isinstance(params[0], DTensor):  # each process orthogonalises the whole matrices and keeps its share
+        if hasattr(params[0], "to_local"):  # each process orthogonalises the whole matrices and keeps its share
+            from torch.distributed.tensor import DTensor, Replicate, Shard
+
             mesh, whole = params[0].device_mesh, (len(params), *params[0].shape)
             stride = (whole[1] * whole[2], whole[2], 1)
             update = DTensor.from_local(update, mesh, [Shard(1)], shape=whole, stride=stride).full_tensor()
@@ -114,8 +115,11 @@ class Muon(torch.optim.AdamW):
 
 
 def own_share(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: all, or its share of the rows."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """What this process has of a tensor: all, or its share of the rows where it is a DTensor.
+
+    These are told by their methods here and elsewhere: importing torch.distributed.tensor takes a second.
+    """
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

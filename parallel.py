@@ -9,9 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT
@@ -26,6 +23,9 @@ def shard(model: GPT, kind: str, reduce_dtype: torch.dtype) -> None:
     Args:
         reduce_dtype: of gradients on their way between processes.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     mesh = init_device_mesh(model.wte.weight.device.type, (dist.get_world_size(),))
     # Without the cast the residual stream keeps its dtype.
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
@@ -59,7 +59,7 @@ def synchronised_if(
     last: bool, model: GPT, kind: str, replicas: DistributedDataParallel | None
 ) -> AbstractContextManager:
     """Gradients are reduced over the processes, and "zero2" gives up whole weights, in the last micro-step only."""
-    if isinstance(model, FSDPModule):
+    if hasattr(model, "unshard"):
         model.set_requires_gradient_sync(last)
         model.set_reshard_after_backward(last or kind == "fsdp")
     return replicas.no_sync() if replicas and not last else nullcontext()
@@ -68,7 +68,7 @@ def synchronised_if(
 @contextmanager
 def whole_weights(model: GPT, kind: str) -> Iterator[None]:
     """Within it each process has all of the weights, and can use the model without the others."""
-    blocks = list(model.h) if isinstance(model, FSDPModule) else []
+    blocks = list(model.h) if hasattr(model, "unshard") else []
     for block in blocks:
         block.set_reshard_after_forward(False)
         block.unshard()
@@ -88,7 +88,7 @@ def gathered(value: Any, keep: bool) -> Any:
     Args:
         keep: whether this process wants it; every process must call, in the same order.
     """
-    if isinstance(value, DTensor):
+    if hasattr(value, "full_tensor"):
         whole = value.detach().full_tensor()
         return whole.cpu() if keep else None
     if isinstance(value, dict):
@@ -100,5 +100,7 @@ def distribute(optimizer: torch.optim.Optimizer) -> None:
     """Leave each process the share of loaded optimizer state that belongs to its share of the parameters."""
     for p, state in optimizer.state.items():
         for key, value in state.items():
-            if isinstance(p, DTensor) and isinstance(value, Tensor) and value.shape == p.shape:
+            if hasattr(p, "to_local") and isinstance(value, Tensor) and value.shape == p.shape:
+                from torch.distributed.tensor import distribute_tensor
+
                 state[key] = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)

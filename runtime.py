@@ -11,15 +11,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cli import UserError
-
-T = TypeVar("T")
 
 # Dense bf16 peak of the datasheet, FLOP/s, by a part of the device's name.
 PEAK_FLOPS = {
@@ -116,6 +114,11 @@ class LateReader:
         return at, host.tolist()
 
 
+def launcher_is_gone(launcher: int) -> bool:
+    """Whether the torchrun that started this process, of that process number, has ended before it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
+
+
 class StopSignals(AbstractContextManager):
     """Within it SIGTERM, SIGINT and SIGUSR1 ask for an end: `signum` is the number of the first, 0 before.
 
@@ -155,7 +158,7 @@ class StopSignals(AbstractContextManager):
                 received = self.inlet.recv(1)
             except TimeoutError:
                 # torchrun ends its processes before itself, unless it was killed: then nobody else would end these.
-                if "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self.launcher and not self.signum:
+                if launcher_is_gone(self.launcher) and not self.signum:
                     self.signum, first = signal.SIGTERM, time.monotonic()
                 continue
             if not received:

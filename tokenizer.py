@@ -1,5 +1,6 @@
 """One way to get from text to token ids and back, whatever the vocabulary."""
 
+import functools
 import importlib.util
 import json
 from itertools import pairwise
@@ -71,24 +72,7 @@ class Tokenizer:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the files from which transformers' AutoTokenizer makes the same tokenizer."""
-        ranks = self.encoding._mergeable_ranks
-        vocab = {_printable(token): rank for token, rank in ranks.items()}
-        merges = [
-            tuple(map(_printable, _last_merge(ranks, token)))
-            for token in sorted(ranks, key=ranks.__getitem__)
-            if len(token) > 1
-        ]
-        fast = FastTokenizer(models.BPE(vocab, merges))
-        fast.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(self.encoding._pat_str), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        fast.decoder = decoders.ByteLevel()
-        special = sorted(self.encoding._special_tokens.items(), key=lambda item: item[1])
-        fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text, _ in special])
-        fast.save(str(Path(directory) / "tokenizer.json"))
+        _fast_tokenizer(self.encoding).save(str(Path(directory) / "tokenizer.json"))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "tiktoken_encoding": self.name,
@@ -135,6 +119,29 @@ class HFTokenizer(Tokenizer):
 
     def save_pretrained(self, directory: str | Path) -> None:
         self.tokenizer.save_pretrained(directory)
+
+
+@functools.cache  # GPT-2's takes a second
+def _fast_tokenizer(encoding: tiktoken.Encoding) -> FastTokenizer:
+    """The same tokenizer in the library that transformers uses."""
+    ranks = encoding._mergeable_ranks
+    vocab = {_printable(token): rank for token, rank in ranks.items()}
+    merges = [
+        tuple(map(_printable, _last_merge(ranks, token)))
+        for token in sorted(ranks, key=ranks.__getitem__)
+        if len(token) > 1
+    ]
+    fast = FastTokenizer(models.BPE(vocab, merges))
+    fast.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(encoding._pat_str), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    fast.decoder = decoders.ByteLevel()
+    special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
+    fast.add_special_tokens([AddedToken(text, special=True, normalized=False) for text, _ in special])
+    return fast
 
 
 def _printable(token: bytes) -> str:

@@ -16,7 +16,6 @@ from signal import Signals
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -95,19 +94,17 @@ class Parts:
 
 def train(cfg: TrainConfig) -> None:
     """One training run, in this process or in a group of processes."""
-    launcher = os.getppid()
     with process_group(cfg.device, cfg.timeout) as rt, ExitStack() as stack:
-        stop = train_in_group(cfg, rt, stack, launcher)
+        stop = train_in_group(cfg, rt, stack)
     if stop:
         sys.exit(128 + stop)
 
 
-def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack, launcher: int) -> int:
+def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> int:
     """One training run, from the data to a passage written by the trained model; returns the signal that stopped it.
 
     Args:
         stack: what it holds of the run's folder is let go when the stack is left.
-        launcher: the number of the process that started this one.
     """
     say = print if rt.is_main else lambda *_: None
     run = Path("out") / cfg.run_name
@@ -170,7 +167,7 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack, launcher: in
         rt.peers.training = True
     common_steps = min(rt.all_gather(parts.accumulation_steps))  # micro-steps that all processes make
     ask_others = True  # between micro-steps, whether they got a signal; after the first step only where these are slow
-    with StopSignals(launcher) as signals, closing(batches), bar, writer or nullcontext():
+    with StopSignals(rt.launcher) as signals, closing(batches), bar, writer or nullcontext():
         if rt.world_size == 1 and forward.__class__ is Loss:  # not compiled
             interruptible(model, signals)
         while True:
@@ -239,10 +236,11 @@ def train_in_group(cfg: TrainConfig, rt: Runtime, stack: ExitStack, launcher: in
                 continue
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or float("inf"))
-            grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
-            everyones = gather(
-                torch.stack([loss, *loss.new_tensor([signals.signum, time.perf_counter() - step_began])]), rt
-            )  # (world_size, 3)
+            grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+            seconds = time.perf_counter() - step_began
+            # Filled on the device: a copy from the host would wait for it.
+            mine = torch.stack([loss, torch.full_like(loss, signals.signum), torch.full_like(loss, seconds)])
+            everyones = gather(mine, rt)  # (world_size, 3)
             loss = everyones[:, 0].mean()
             bad = (~torch.isfinite(loss + grad_norm)).float()
             optimizer.found_inf = bad  # the device leaves the update out: the host need not know, and does not wait
@@ -304,7 +302,9 @@ def interruptible(model: GPT, signals: StopSignals) -> None:
 
 
 def received_by_any(signals: StopSignals, rt: Runtime) -> int:
-    """The signal that any process has received, 0 if none has."""
+    """The signal that any process has received, 0 if none has. Several processes wait for each other."""
+    if rt.world_size == 1:
+        return signals.signum  # without a tensor: reading one would wait for a GPU
     return int(gather(torch.tensor([float(signals.signum)], device=rt.device), rt).max())
 
 
@@ -329,16 +329,21 @@ def open_run(run: Path, cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> Path
             refuse_unasked(run, cfg)
             if rt.is_main and run.exists():
                 stack.callback(lock_run(run).release)
-            found, lost = newest_sound_checkpoint(run), latest_written(run)
+            try:
+                found, written = newest_sound_checkpoint(run), latest_written(run)
+            except UserError as error:  # all are damaged here; another node may have a valid one
+                found, written, lost = None, None, str(error)
+            if written and not found:
+                lost = (
+                    f"{run} had come to {written}, but no valid checkpoint of it is left; put one back to go on, or "
+                    f"begin another run with --run_name NAME"
+                )
             name, sums = (found.name, file_sha256(found / SUMS_FILE)) if found else (None, None)
     nodes = {rank: node for rank, node in enumerate(rt.all_gather([name, sums, lost, rt.local_rank])) if node[3] == 0}
     newest = max((node[0] for node in nodes.values() if node[0]), key=lambda name: int(name[5:]), default=None)
     with all_ranks_or_none(rt):
         if not newest and (lost := next((node[2] for node in nodes.values() if node[2]), None)):
-            raise UserError(
-                f"{run} had come to {lost}, but no valid checkpoint of it is left; put one back to go on, or begin "
-                f"another run with --run_name NAME"
-            )
+            raise UserError(lost)
     if not newest:
         return None
     owner = next(rank for rank, node in nodes.items() if node[0] == newest)
@@ -434,8 +439,9 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
         rows = sample(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
         hellaswag = check_fit(build("hellaswag", rows, tokenizer, block_size, block_size), block_size)
     # From here on the processes work together, so what fails in one alone must have failed by now.
-    weights = weight_sums(model).sum().item()
-    same_everywhere(rt, {"fingerprint of the data": data_fingerprint[:12], "sum of the weights": weights})
+    if rt.peers:
+        weights = weight_sums(model).sum().item()
+        same_everywhere(rt, {"fingerprint of the data": data_fingerprint[:12], "sum of the weights": weights})
     if rt.world_size > 1 and cfg.parallel != "ddp":
         shard(model, cfg.parallel, getattr(torch, cfg.reduce_dtype))
     dtype = pick_dtype(cfg.dtype, rt.device)
@@ -542,7 +548,7 @@ def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | 
     model = load_model(
         source, dtype=torch.float32, device=rt.device, dropout=cfg.dropout, block_size=sizes.get("block_size")
     )
-    if name := nonfinite_tensor(model):
+    if not checkpoint and (name := nonfinite_tensor(model)):  # a step that is not finite never gets into a checkpoint
         raise UserError(f"{source} has values in {name} that are not finite; begin with other weights")
     for name, value in {**sizes, "vocab_size": vocab_size}.items():
         loaded = getattr(model.config, name)

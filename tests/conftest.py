@@ -37,7 +37,13 @@ TINY += ["--max_steps", "12", "--warmup_steps", "2", "--learning_rate", "1e-2", 
 TINY += ["--eval_interval", "6", "--checkpoint_interval", "4", "--keep_checkpoints", "9"]
 
 
+# Two workers take a file at a time, so the longest go first, or one would be alone with the last.
+LONGEST = ["test_recipes", "test_faults", "test_end_to_end", "test_readme", "test_nodes", "test_prepare_data"]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs CUDA"))

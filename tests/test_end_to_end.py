@@ -10,23 +10,20 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
+from transformers import GPT2Config, GPT2LMHeadModel, pipeline
 
 import bench
 from checkpoint import checkpoints, load_state
 from cli import UserError, run_script
 from config import parse_config
-from dataset import write_shards
 from distributed import place_in_group
 from model import GPT, GPTConfig
 from sample import parse_args, sample
-from tokenizer import load_tokenizer
 from train import largest_batch, split_batch, train
 
 
@@ -415,25 +412,11 @@ def test_trains_on_cuda_in_bfloat16_compiled(workplace: Path) -> None:
     assert curve("tiny", "val_loss")[-1] < curve("tiny")[0] - 1
 
 
-def test_finetune_recipe_from_a_local_folder(workplace: Path) -> None:
-    """configs/finetune_shakespeare.toml as it is, but for its size: offline, sizes from the weights."""
-    data, tokenizer = Path("data/shakespeare-gpt2"), load_tokenizer("gpt2")
-    data.mkdir()
-    ids = np.array([tokenizer.eot, *tokenizer.encode("to be or not to be, that is the question\n" * 50)])
-    shards = {split: write_shards(data, split, [ids], tokenizer.n_vocab) for split in ("train", "val")}
-    (data / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 50257, "shards": shards}))
-    config = GPT2Config(n_positions=64, n_layer=1, n_head=2, n_embd=32)
-    GPT2LMHeadModel(config).save_pretrained("published")
-    recipe = str(ROOT / "configs" / "finetune_shakespeare.toml")
-    flags = ["--init_from", "published", "--total_batch_size", "512", "--device", "cpu", "--learning_rate", "1e-2"]
-    train(parse_config([recipe, *flags, "--max_steps", "15"]))
-    saved = checkpoints(Path("out/finetune_shakespeare"))[-1]
-    assert curve("finetune_shakespeare", "val_loss")[-1] < curve("finetune_shakespeare")[0] - 1
-    theirs = AutoModelForCausalLM.from_pretrained(saved)
-    assert theirs.config.n_positions == 64 and theirs.config.vocab_size == 50257
-    assert AutoTokenizer.from_pretrained(saved).encode("to be") == tokenizer.encode("to be")
-    with pytest.raises(ValueError, match="vocab_size 50257, the data at data/shakespeare 257"):
-        train(parse_config([recipe, *flags, "--data", "data/shakespeare", "--run_name", "other"]))
+def test_weights_of_another_vocabulary_than_the_data_are_refused(workplace: Path) -> None:
+    """Checked against the published layout, as fine-tuning loads it; tests/test_recipes.py trains it."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_layer=1, n_head=2, n_embd=32)).save_pretrained("other")
+    with pytest.raises(UserError, match="vocab_size 300, the data at data/shakespeare 257"):
+        run_tiny("--init_from", "other", "--n_layer", "1", "--n_head", "2")
 
 
 def test_a_checkpoint_answers_in_transformers_pipeline(
