@@ -26,14 +26,14 @@ import tiktoken
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str
 
-from cli import UserError, count, run_script
-from config import TrainConfig, parse_config
-from dataset import TokenDataset, read_meta, training_batches, write_shards
-from inference import prepare
+from gpt2_scratch.cli import UserError, count, run_script
+from gpt2_scratch.config import TrainConfig, parse_config
+from gpt2_scratch.cpu.decode import prepare
+from gpt2_scratch.dataset import TokenDataset, read_meta, training_batches, write_shards
+from gpt2_scratch.device import describe, peak_flops, pick_device, pick_dtype
+from gpt2_scratch.sources import plays
+from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, Generation, GPTConfig
-from runtime import describe, peak_flops, pick_device, pick_dtype
-from sources import plays
-from tokenizer import load_tokenizer
 
 ROUNDS = 5  # of which the median is taken
 SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), "1558m": (48, 25, 1600)}

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import find_model, load_model
-from cli import UserError, count, run_script
-from dataset import open_shard, read_meta
-from distributed import Runtime, all_ranks_or_none, process_group, recorded
-from model import GPT
-from runtime import describe, pick_dtype
-from scoring import (
+from gpt2_scratch.checkpoint import find_model, load_model
+from gpt2_scratch.cli import UserError, count, run_script
+from gpt2_scratch.dataset import open_shard, read_meta
+from gpt2_scratch.device import describe, pick_dtype
+from gpt2_scratch.distributed import Runtime, all_ranks_or_none, process_group, recorded
+from gpt2_scratch.scoring import (
     HUB,
     Example,
     Score,
@@ -34,7 +33,8 @@ from scoring import (
     sliding,
     summarise,
 )
-from tokenizer import Tokenizer, load_tokenizer
+from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
+from model import GPT
 
 SIZES = ("124M", "350M", "774M", "1558M")
 # What is known of OpenAI's weights at these sizes. OpenAI's own: GPT-2's paper, table 3. The others were measured

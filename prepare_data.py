@@ -30,10 +30,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from cli import UserError, count, run_script
-from dataset import SHARD_TOKENS, ShardWriter, file_sha256, open_shard, read_meta
-from sources import Piece, files, find_files, hub, plays, split_name
-from tokenizer import Tokenizer, load_tokenizer
+from gpt2_scratch.cli import UserError, count, run_script
+from gpt2_scratch.dataset import SHARD_TOKENS, ShardWriter, file_sha256, open_shard, read_meta
+from gpt2_scratch.sources import Piece, files, find_files, hub, plays, split_name
+from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
 
 TASK_CHARS = 2**20
 TASKS_PER_SAVE = 16

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoint import find_model, load_model
-from cli import UserError, as_text, count, run_script
-from inference import kernels, prepare
+from gpt2_scratch.checkpoint import find_model, load_model
+from gpt2_scratch.cli import UserError, as_text, count, run_script
+from gpt2_scratch.cpu.decode import kernels, prepare
+from gpt2_scratch.device import describe, pick_device, pick_dtype
+from gpt2_scratch.scoring import not_finite
+from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
 from model import Generation
-from runtime import describe, pick_device, pick_dtype
-from scoring import not_finite
-from tokenizer import Tokenizer, load_tokenizer
 
 # Compiling takes about half a minute: on CUDA long texts repay it, on a CPU none does (it gained nothing there).
 COMPILE_FROM_TOKENS = {"cuda": 2000, "cpu": math.inf, "mps": math.inf}

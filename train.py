@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import (
+from gpt2_scratch.checkpoint import (
     SUMS_FILE,
     CheckpointWriter,
     begun_by_this_launch,
@@ -34,10 +34,11 @@ from checkpoint import (
     newest_sound_checkpoint,
     step_of,
 )
-from cli import UserError, run_script
-from config import TrainConfig, parse_config
-from dataset import TokenDataset, evaluation_batches, file_sha256, fingerprint, read_meta, training_batches
-from distributed import (
+from gpt2_scratch.cli import UserError, run_script
+from gpt2_scratch.config import TrainConfig, parse_config
+from gpt2_scratch.dataset import TokenDataset, evaluation_batches, file_sha256, fingerprint, read_meta, training_batches
+from gpt2_scratch.device import LateReader, StopSignals, describe, peak_flops, pick_dtype, to_device
+from gpt2_scratch.distributed import (
     Runtime,
     all_ranks_or_none,
     drifted,
@@ -50,14 +51,13 @@ from distributed import (
     send_files,
     weight_sums,
 )
-from loss import Loss, lean_cross_entropy
-from metrics import MetricsLog
+from gpt2_scratch.loss import Loss, lean_cross_entropy
+from gpt2_scratch.metrics import MetricsLog
+from gpt2_scratch.optim import learning_rate_at, load_optimizer, make_optimizer, own_share
+from gpt2_scratch.parallel import distribute, gathered, rehearse, replicate, shard, synchronised_if, whole_weights
+from gpt2_scratch.scoring import Example, build, check_fit, judge_all, nonfinite_tensor, read_rows, sample, summarise
+from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, Generation, GPTConfig, ModelError
-from optim import learning_rate_at, load_optimizer, make_optimizer, own_share
-from parallel import distribute, gathered, rehearse, replicate, shard, synchronised_if, whole_weights
-from runtime import LateReader, StopSignals, describe, peak_flops, pick_dtype, to_device
-from scoring import Example, build, check_fit, judge_all, nonfinite_tensor, read_rows, sample, summarise
-from tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclass

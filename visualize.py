@@ -32,12 +32,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import checkpoints, find_model, load_model
-from cli import UserError, as_text, count, run_script
-from metrics import parsed_line
+from gpt2_scratch.checkpoint import checkpoints, find_model, load_model
+from gpt2_scratch.cli import UserError, as_text, count, run_script
+from gpt2_scratch.metrics import parsed_line
+from gpt2_scratch.scoring import nonfinite_tensor
+from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
 from model import GPT
-from scoring import nonfinite_tensor
-from tokenizer import Tokenizer, load_tokenizer
 
 TEXT = "ROMEO:\nBut, soft! what light through yonder window breaks?\nIt is the east, and Juliet is the sun."
 TOKENS = (" the", " king", " love", " one", " London", " run", "e", "t", "A", "\n", ".", "?")  # six that exist

@@ -17,8 +17,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from dataset import write_shards
-from tokenizer import load_tokenizer
+from gpt2_scratch.dataset import write_shards
+from gpt2_scratch.tokenizer import load_tokenizer
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell: what tests start inherits it
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -18,8 +18,8 @@ from conftest import PAGE, fill
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import checkpoint
-from checkpoint import (
+from gpt2_scratch import checkpoint
+from gpt2_scratch.checkpoint import (
     STATE_KEYS,
     CheckpointWriter,
     begun_by_this_launch,
@@ -32,9 +32,9 @@ from checkpoint import (
     mark_launch,
     newest_sound_checkpoint,
 )
-from cli import UserError
+from gpt2_scratch.cli import UserError
+from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = load_tokenizer("bytes")
@@ -445,8 +445,8 @@ def test_model_is_that_of_the_run_named_or_written_last(tmp_path: Path, monkeypa
 
 def test_run_has_one_process_at_a_time(tmp_path: Path) -> None:
     """Also where the first ended without a word."""
-    hold = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from checkpoint import lock_run; from pathlib import Path; "
-    hold += f"lock = lock_run(Path({str(tmp_path)!r})); print('locked', flush=True); input()"
+    hold = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from gpt2_scratch.checkpoint import lock_run; "
+    hold += f"from pathlib import Path; lock = lock_run(Path({str(tmp_path)!r})); print('locked', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"locked\n"
         with pytest.raises(UserError, match=f"another process is training {tmp_path}"):

@@ -16,9 +16,9 @@ import bench
 import eval as eval_script
 import sample
 import visualize
-from cli import as_text, run_script
+from gpt2_scratch.cli import as_text, run_script
+from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import load_tokenizer
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}  # buffers fail late, at exit too
 needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="takes a POSIX shell")

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cli import UserError
-from config import TrainConfig, parse_config
+from gpt2_scratch.cli import UserError
+from gpt2_scratch.config import TrainConfig, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 FIELDS = [field.name for field in dataclasses.fields(TrainConfig)]

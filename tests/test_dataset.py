@@ -17,9 +17,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli import UserError
-from dataset import ShardWriter, TokenDataset, evaluation_batches, open_shard, permute, training_batches, write_shards
-from runtime import to_device
+from gpt2_scratch.cli import UserError
+from gpt2_scratch.dataset import (
+    ShardWriter,
+    TokenDataset,
+    evaluation_batches,
+    open_shard,
+    permute,
+    training_batches,
+    write_shards,
+)
+from gpt2_scratch.device import to_device
 
 QUICK = settings(max_examples=50)
 

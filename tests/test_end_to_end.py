@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, pipeline
 
 import bench
-from checkpoint import checkpoints, load_state
-from cli import UserError, run_script
-from config import parse_config
-from distributed import place_in_group
+from gpt2_scratch.checkpoint import checkpoints, load_state
+from gpt2_scratch.cli import UserError, run_script
+from gpt2_scratch.config import parse_config
+from gpt2_scratch.distributed import place_in_group
 from model import GPT, GPTConfig
 from sample import parse_args, sample
 from train import largest_batch, split_batch, train
@@ -182,8 +182,8 @@ def test_resume_continues_exactly(workplace: Path, optimizer: str) -> None:
 DRIVER = """
 import json, os, shutil
 from pathlib import Path
-from checkpoint import checkpoints
-from config import parse_config
+from gpt2_scratch.checkpoint import checkpoints
+from gpt2_scratch.config import parse_config
 from train import train
 
 for number, (name, *flags) in enumerate(json.loads(Path("runs.json").read_text())):

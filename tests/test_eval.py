@@ -20,14 +20,24 @@ from test_end_to_end import ROOT, metrics, run_tiny
 from transformers import GPT2LMHeadModel
 
 import eval as script
-import scoring
 import train
-from checkpoint import checkpoints
-from cli import run_script
-from distributed import Runtime
+from gpt2_scratch import scoring
+from gpt2_scratch.checkpoint import checkpoints
+from gpt2_scratch.cli import run_script
+from gpt2_scratch.distributed import Runtime
+from gpt2_scratch.scoring import (
+    Example,
+    Likelihood,
+    Row,
+    build,
+    detokenized,
+    judge_all,
+    likelihoods,
+    sliding,
+    summarise,
+)
+from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from scoring import Example, Likelihood, Row, build, detokenized, judge_all, likelihoods, sliding, summarise
-from tokenizer import load_tokenizer
 
 WORDS = """the a cat Dog man's walks over under house tree [header] [title] then she it's does n't river , . and costs
 12 café (with) "quotes" - ; élan""".split()

@@ -19,9 +19,9 @@ from soak_kill import soak
 from test_end_to_end import curve, metrics, run_tiny
 
 import train as training
-from checkpoint import CheckpointWriter, checkpoints, damage, load_state
-from cli import UserError
-from metrics import MetricsLog
+from gpt2_scratch.checkpoint import CheckpointWriter, checkpoints, damage, load_state
+from gpt2_scratch.cli import UserError
+from gpt2_scratch.metrics import MetricsLog
 from model import GPT, Block
 
 
@@ -85,10 +85,9 @@ def test_signal_saves_and_the_run_goes_on_exactly(workplace: Path) -> None:
 
 def test_second_signal_ends_at_once(workplace: Path) -> None:
     """Where the first is not obeyed: an update of minutes is not broken off."""
-    hang = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import optim, train; from config import parse_config; "
-    )
-    hang += "optim.Muon.step = lambda self: time.sleep(120); train.train(parse_config(sys.argv[1:]))"
+    lines = [f"import sys, time; sys.path.insert(0, {str(ROOT)!r})", "import train"]
+    lines += ["from gpt2_scratch import config, optim", "optim.Muon.step = lambda self: time.sleep(120)"]
+    hang = "\n".join([*lines, "train.train(config.parse_config(sys.argv[1:]))"])
     process = subprocess.Popen([sys.executable, "-c", hang, *TINY], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not Path("out/tiny/metrics.jsonl").exists():
         time.sleep(0.02)

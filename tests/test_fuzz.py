@@ -24,14 +24,14 @@ from hypothesis import strategies as st
 
 import model as model_module
 import train as train_module
-from checkpoint import STATE_FILE, STATE_KEYS, SUMS_FILE, CheckpointWriter, checkpoints, damage, load_state
-from config import TrainConfig, parse_config
-from dataset import TokenDataset, open_shard, write_shards
-from distributed import Runtime
-from metrics import MetricsLog
+from gpt2_scratch.checkpoint import STATE_FILE, STATE_KEYS, SUMS_FILE, CheckpointWriter, checkpoints, damage, load_state
+from gpt2_scratch.config import TrainConfig, parse_config
+from gpt2_scratch.dataset import TokenDataset, open_shard, write_shards
+from gpt2_scratch.distributed import Runtime
+from gpt2_scratch.metrics import MetricsLog
+from gpt2_scratch.optim import learning_rate_at
+from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from optim import learning_rate_at
-from tokenizer import load_tokenizer
 from train import Parts, load, train
 
 # Hypothesis must neither time the examples (other work shares the cores) nor mind that some draws are large.

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import inference
-from inference import (
+from gpt2_scratch.cpu import decode as inference
+from gpt2_scratch.cpu.decode import (
     Int8Linear,
     KernelBlock,
     KernelLinear,

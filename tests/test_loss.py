@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-import loss
-from config import TrainConfig
-from distributed import Runtime
-from loss import lean_cross_entropy
+from gpt2_scratch import loss
+from gpt2_scratch.config import TrainConfig
+from gpt2_scratch.device import to_device
+from gpt2_scratch.distributed import Runtime
+from gpt2_scratch.loss import lean_cross_entropy
 from model import GPT, GPTConfig
-from runtime import to_device
 from train import ready
 
 

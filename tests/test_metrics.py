@@ -17,7 +17,7 @@ from conftest import fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics import MetricsLog
+from gpt2_scratch.metrics import MetricsLog
 
 Figures = dict[str, float | int]
 

@@ -13,25 +13,26 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from checkpoint import checkpoints, damage, step_of
-from dataset import write_shards
-from tokenizer import load_tokenizer
+from gpt2_scratch.checkpoint import checkpoints, damage, step_of
+from gpt2_scratch.dataset import write_shards
+from gpt2_scratch.tokenizer import load_tokenizer
 
 # Runs every case in one process a node, so that torch is imported once; `patch` is code for this node alone.
 DRIVER = """
 import contextlib, io, json, os, sys, time
 root, folder, rank = sys.argv[1:]
 sys.path.insert(0, root)
-import checkpoint, distributed, runtime, train
-from cli import UserError
-from config import parse_config
+import train
+from gpt2_scratch import checkpoint, device, distributed
+from gpt2_scratch.cli import UserError
+from gpt2_scratch.config import parse_config
 os.chdir(folder)
 save = checkpoint.CheckpointWriter.save  # waits here, or one is left out while the one before is being written
 checkpoint.CheckpointWriter.save = lambda *args, wait=True: save(*args, wait=True)
 os.environ |= {"RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
 for case in json.load(open("cases.json")):
     os.environ["MASTER_PORT"] = str(case["port"])
-    kept = {module: dict(vars(module)) for module in (checkpoint, distributed, runtime, train)}
+    kept = {module: dict(vars(module)) for module in (checkpoint, device, distributed, train)}
     exec(case["patch"])
     out, began, end = io.StringIO(), time.monotonic(), ""
     with contextlib.redirect_stdout(out):

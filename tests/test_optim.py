@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from gpt2_scratch.optim import learning_rate_at, load_optimizer, make_optimizer, orthogonalize, parameter_groups
 from model import GPT, GPTConfig
-from optim import learning_rate_at, load_optimizer, make_optimizer, orthogonalize, parameter_groups
 
 QUICK = settings(max_examples=50)
 SCHEDULES = ["cosine", "linear", "wsd"]

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gpt2_scratch.optim import make_optimizer
+from gpt2_scratch.parallel import distribute, gathered, shard, whole_weights
 from model import GPT, GPTConfig
-from optim import make_optimizer
-from parallel import distribute, gathered, shard, whole_weights
 
 CONFIG = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=18)  # 18 rows: not a multiple of 4
 IDX = torch.arange(34).view(2, 17) % 37

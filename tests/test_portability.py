@@ -24,20 +24,22 @@ sys.platform = "another"
 
 root, *flags = sys.argv[1:]
 sys.path.insert(0, root)
-modules = {path.stem: importlib.import_module(path.stem) for path in pathlib.Path(root).glob("*.py")}
-write = modules["metrics"].MetricsLog.write
+paths = [*pathlib.Path(root).glob("*.py"), *pathlib.Path(root, "gpt2_scratch").rglob("*.py")]
+names = [".".join(path.relative_to(root).with_suffix("").parts) for path in paths]
+modules = {name: importlib.import_module(name) for name in names}
+write = modules["gpt2_scratch.metrics"].MetricsLog.write
 def write_then_signal(log, line):
     write(log, line)
     if line["step"] == 5:
         signal.raise_signal(signal.SIGINT)
-modules["metrics"].MetricsLog.write = write_then_signal
+modules["gpt2_scratch.metrics"].MetricsLog.write = write_then_signal
 try:
-    modules["train"].train(modules["config"].parse_config(flags))
+    modules["train"].train(modules["gpt2_scratch.config"].parse_config(flags))
     raise AssertionError("not stopped")
 except SystemExit as end:
     assert end.code == 130, end.code
-modules["metrics"].MetricsLog.write = write
-modules["train"].train(modules["config"].parse_config([*flags, "--resume"]))
+modules["gpt2_scratch.metrics"].MetricsLog.write = write
+modules["train"].train(modules["gpt2_scratch.config"].parse_config([*flags, "--resume"]))
 sys.argv[1:] = ["--prompt", "to be", "--max_new_tokens", "9"]
 modules["sample"].sample(modules["sample"].parse_args())
 print(sorted(modules))
@@ -48,4 +50,5 @@ def test_every_module_imports_and_the_main_path_runs_without_posix(workplace: Pa
     command = [sys.executable, "-c", DRIVER, str(ROOT), *TINY]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert all(f"'{path.stem}'" in done.stdout for path in ROOT.glob("*.py")) and "resuming from" in done.stdout
+    assert all(f"'{name}'" in done.stdout for name in ("train", "gpt2_scratch.metrics", "gpt2_scratch.cpu.decode"))
+    assert "resuming from" in done.stdout

@@ -28,11 +28,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-import sources
-from cli import run_script
-from dataset import ShardWriter, TokenDataset, read_meta
-from sources import Piece, plain_text
-from tokenizer import load_tokenizer as load_tokenizer_anew
+from gpt2_scratch import sources
+from gpt2_scratch.cli import run_script
+from gpt2_scratch.dataset import ShardWriter, TokenDataset, read_meta
+from gpt2_scratch.sources import Piece, plain_text
+from gpt2_scratch.tokenizer import load_tokenizer as load_tokenizer_anew
 
 SCRIPT = Path(prepare_data.__file__).resolve()
 HELD_OUT = {"Hamlet", "Henry V", "The Tempest", "Twelfth Night"}
@@ -51,7 +51,7 @@ import threading
 import time
 
 import prepare_data
-from cli import run_script
+from gpt2_scratch.cli import run_script
 
 if __name__ == "__main__":
     hold, pause = sys.argv.pop() == "hold", float(sys.argv.pop())
@@ -982,7 +982,7 @@ def test_nul_bytes_and_half_surrogate_pairs_pass(prepare: Prepare, tmp_path: Pat
 ONE_AFTER_ANOTHER = """
 import json, sys
 import prepare_data
-from cli import run_script
+from gpt2_scratch.cli import run_script
 
 ended = {}
 for name, command in json.loads(sys.argv[1]).items():

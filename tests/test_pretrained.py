@@ -32,8 +32,8 @@ from transformers import (
 )
 
 import model as model_module
+from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig, config_from_hf, config_to_hf
-from tokenizer import load_tokenizer
 
 Edit = Callable[[dict[str, Any]], Any]
 

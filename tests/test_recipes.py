@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import eval
 import sample
-import tokenizer as tokenizers
 import visualize
-from checkpoint import checkpoints, load_state
-from config import parse_config
-from dataset import write_shards
-from metrics import MetricsLog
-from tokenizer import load_tokenizer
+from gpt2_scratch import tokenizer as tokenizers
+from gpt2_scratch.checkpoint import checkpoints, load_state
+from gpt2_scratch.config import parse_config
+from gpt2_scratch.dataset import write_shards
+from gpt2_scratch.metrics import MetricsLog
+from gpt2_scratch.tokenizer import load_tokenizer
 from train import train
 
 RECIPES = sorted((ROOT / "configs").glob("*.toml"))

@@ -21,10 +21,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from cli import UserError
+from gpt2_scratch.cli import UserError
+from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 from sample import RowText, Writer, parse_args, sample
-from tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 EOT = 256

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import train as training
-from checkpoint import CheckpointWriter, checkpoints, load_state
-from cli import UserError
-from config import TrainConfig
-from dataset import TokenDataset, training_batches, write_shards
-from loss import Loss
+from gpt2_scratch.checkpoint import CheckpointWriter, checkpoints, load_state
+from gpt2_scratch.cli import UserError
+from gpt2_scratch.config import TrainConfig
+from gpt2_scratch.dataset import TokenDataset, training_batches, write_shards
+from gpt2_scratch.loss import Loss
+from gpt2_scratch.optim import learning_rate_at, orthogonalize
 from model import GPT, GPTConfig
-from optim import learning_rate_at, orthogonalize
 
 Settings = dict[str, Any]
 # The smallest network that has everything. Without clipping, so that every gradient shows.
@@ -553,8 +553,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 import train
-from config import parse_config
-from loss import Loss
+from gpt2_scratch.config import parse_config
+from gpt2_scratch.loss import Loss
 
 train.write_passage = lambda *_: None
 held = {}

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-import sources
-from sources import Piece, files, find_files, pieces, split_name
-from tokenizer import Tokenizer, load_tokenizer
+from gpt2_scratch import sources
+from gpt2_scratch.sources import Piece, files, find_files, pieces, split_name
+from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
 
 ATOMS = ["a", "word", "Zürich", "7", "1984", ".", "!?", "'s", "'ll", " ", "  ", " " * 7, "\n", "\n\n", "\t", "\r\n"]
 ATOMS += ["\x1c", "\x85", "\xa0", "\u3000", "é", "e\u0301", "你好", "🙂", "👩\u200d🚀", "<|endoftext|>", "\0"]

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, OpenAIGPTTokenizer, PreTrainedTokenizerBase
 
-from tokenizer import EOT, HFTokenizer, Tokenizer, load_tokenizer
+from gpt2_scratch.tokenizer import EOT, HFTokenizer, Tokenizer, load_tokenizer
 
 QUICK = settings(max_examples=50)
 NAMES = ["bytes", "gpt2"]

@@ -24,8 +24,8 @@ from PIL import Image
 from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTLMHeadModel
 
 import visualize as visualize_module
+from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import load_tokenizer
 from visualize import (
     MADE_HERE,
     attention_weights,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import UserError
+from gpt2_scratch.cli import UserError
 
 HEADER_INTS = 256
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, ids)

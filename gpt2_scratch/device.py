@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli import UserError
+from gpt2_scratch.cli import UserError
 
 # Dense bf16 peak of the datasheet, FLOP/s, by a part of the device's name.
 PEAK_FLOPS = {

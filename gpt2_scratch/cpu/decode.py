@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2_scratch.device import keep_freed_memory
 from model import GPT, Block, Past
-from runtime import keep_freed_memory
 
 
 class PackedLinear(nn.Module):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cli import UserError
+from gpt2_scratch.cli import UserError
 
 PIECE_CHARS = 2**22
 HELD_OUT_PLAYS = ("hamlet", "henry-v", "the-tempest", "twelfth-night")

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args
 
-from cli import UserError, nearest
+from gpt2_scratch.cli import UserError, nearest
 
-DEFAULT_CONFIG = Path(__file__).with_name("configs") / "shakespeare.toml"
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "shakespeare.toml"
 
 
 class Rule(NamedTuple):

@@ -13,7 +13,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
 
-from cli import UserError, nearest
+from gpt2_scratch.cli import UserError, nearest
 
 EOT = "<|endoftext|>"
 

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from checkpoint import load_model
-from cli import UserError
-from distributed import Runtime
+from gpt2_scratch.checkpoint import load_model
+from gpt2_scratch.cli import UserError
+from gpt2_scratch.distributed import Runtime
+from gpt2_scratch.sources import require_datasets
+from gpt2_scratch.tokenizer import Tokenizer
 from model import GPT
-from sources import require_datasets
-from tokenizer import Tokenizer
 
 HELLASWAG = {"endings": list, "label": (str, int)}
 # Where the tasks' data lies on the Hugging Face hub: dataset, configuration, split, and the fields that are read.

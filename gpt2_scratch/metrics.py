@@ -10,7 +10,7 @@ from threading import Lock
 
 from tqdm import tqdm
 
-from cli import UserError
+from gpt2_scratch.cli import UserError
 
 
 class MetricsLog:

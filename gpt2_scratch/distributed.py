@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cli import MACHINE_ERRORS, UserError
-from runtime import keep_freed_memory, launcher_is_gone, pick_device
+from gpt2_scratch.cli import MACHINE_ERRORS, UserError
+from gpt2_scratch.device import keep_freed_memory, launcher_is_gone, pick_device
 
 # What Gloo, NCCL and the store say when another process is gone or does not answer.
 LOST = re.compile(
@@ -252,7 +252,8 @@ def first_line(error: Exception) -> str:
 
 def program_version() -> str:
     """A sum over this program's source."""
-    sources = sorted(path for path in Path(__file__).parent.glob("*") if path.suffix in (".py", ".c"))
+    root = Path(__file__).parent.parent
+    sources = sorted([*root.glob("*.py"), *root.glob("gpt2_scratch/**/*.py"), *root.glob("gpt2_scratch/**/*.c")])
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.serialization import safe_globals
 from tqdm import tqdm
 
-from cli import UserError
-from dataset import file_sha256
+from gpt2_scratch.cli import UserError
+from gpt2_scratch.dataset import file_sha256
+from gpt2_scratch.tokenizer import Tokenizer
 from model import GPT, GPTConfig, ModelError
-from tokenizer import Tokenizer
 
 STATE_FILE = "trainer_state.pt"
 SUMS_FILE = "SHA256SUMS"

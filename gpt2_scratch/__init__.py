@@ -1,0 +1,1 @@
+"""What the scripts share: data, optimizer, checkpoints, several processes, faster decoding, scoring."""

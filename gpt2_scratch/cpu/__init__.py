@@ -1,0 +1,1 @@
+"""One token at the speed of a CPU's memory."""
