@@ -156,13 +156,14 @@ def bench_train(args: argparse.Namespace) -> None:
 def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[str, float | None]:
     """Run train.py's loop until it has logged enough; figures of the intervals after the first."""
     import train  # a script; only the process that measures needs it
+    from gpt2_scratch import run
 
     os.chdir(folder)
     shutil.rmtree("out", ignore_errors=True)
     lines: list[tuple[float, dict]] = []
     profiler = torch.profiler.profile() if trace else None
 
-    class Log(train.MetricsLog):
+    class Log(run.MetricsLog):
         def write(self, figures: dict[str, float | int]) -> None:
             super().write(figures)
             lines.append((time.perf_counter(), figures))
@@ -174,7 +175,7 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
             if len(lines) == ROUNDS + 1:
                 raise Measured
 
-    train.MetricsLog = Log
+    run.MetricsLog = Log
     begin = time.perf_counter()
     with contextlib.suppress(Measured), contextlib.redirect_stdout(sys.stderr):
         train.train(cfg)
@@ -412,7 +413,7 @@ def bench_reading(folder: Path, n_shards: int, shard_tokens: int = 10**8) -> Non
     begin = time.perf_counter()
     dataset = TokenDataset(folder, "train", 1024, verify=False)
     opened = time.perf_counter() - begin
-    options = {"seed": 1, "consumed": 0, "step_windows": 512, "batch_size": 32, "rank": 0, "world_size": 1}
+    options = {"seed": 1, "consumed": 0, "sequences_per_step": 512, "batch_size": 32, "rank": 0, "world_size": 1}
     batches = training_batches(dataset, **options)
     begin = time.perf_counter()
     next(batches)

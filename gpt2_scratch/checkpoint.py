@@ -1,7 +1,7 @@
 """A run's checkpoints: `out/<run>/checkpoints/step_00002000/`, each a Hugging Face model folder.
 
-A checkpoint is written beside its place, synced to the disk and only then renamed into it. The SHA-256 of each
-of its files stands in SHA256SUMS, which `sha256sum -c` reads, so that a damaged one is known and passed over.
+A checkpoint is written to a temporary folder, synced to disk, and then renamed into place. SHA256SUMS lists the hash of
+every file, for `sha256sum -c` and for resuming, which skips damaged checkpoints.
 """
 
 import os
@@ -32,7 +32,7 @@ LOCK_FILE = ".lock"
 LAUNCH_FILE = ".launch"
 LATEST_FILE = ".latest"
 STATE_KEYS = {"progress", "settings", "data", "optimizer", "scaler"}
-# Checkpoints written until November 2026 hold numbers as classes of the parser that the settings went through.
+# Until November 2026 checkpoints stored numbers as classes of the config parser of that time.
 PARSER_NUMBERS: list[Any] = [
     *((int, f"jsonargparse.typing.{name}") for name in ("NonNegativeInt", "PositiveInt")),
     *((float, f"jsonargparse.typing.{name}") for name in ("ClosedUnitInterval", "NonNegativeFloat", "PositiveFloat")),
@@ -40,7 +40,7 @@ PARSER_NUMBERS: list[Any] = [
 
 
 def warn(message: str) -> None:
-    tqdm.write(f"warning: {message}", file=sys.stderr)  # above a progress bar, if there is one
+    tqdm.write(f"warning: {message}", file=sys.stderr)  # above the progress bar, if there is one
 
 
 def step_of(checkpoint: Path) -> int:
@@ -48,13 +48,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first; `damage` tells whether one is still sound."""
+    """The complete checkpoints of a run, oldest first; `checkpoint_problem` tells whether one is still valid."""
     found = (path for path in (run / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
     return sorted((path for path in found if (path / SUMS_FILE).is_file()), key=step_of)
 
 
 def find_model(name: str | None) -> str | Path:
-    """What a script's MODEL stands for: a run's folder for its newest checkpoint, nothing for the newest run's.
+    """Resolve a script's MODEL: a run's folder becomes its newest checkpoint, None that of the newest run.
 
     Raises:
         UserError: there is no such checkpoint.
@@ -71,7 +71,7 @@ def find_model(name: str | None) -> str | Path:
 
 
 def load_model(source: str | Path, **options: Any) -> GPT:
-    """GPT.from_pretrained(source, **options), for a source that the user named.
+    """GPT.from_pretrained(source, **options) for a source given by the user.
 
     Raises:
         UserError: it cannot be loaded.
@@ -82,18 +82,18 @@ def load_model(source: str | Path, **options: Any) -> GPT:
         raise UserError(str(error)) from error
 
 
-def newest_sound_checkpoint(run: Path, before: int | None = None) -> Path | None:
-    """The newest checkpoint whose files are as they were written, with a warning for each that is passed over.
+def latest_valid_checkpoint(run: Path, before: int | None = None) -> Path | None:
+    """The newest checkpoint whose files match their hashes; warns about each that it skips.
 
     Args:
-        before: the step from which on they do not count.
+        before: consider only checkpoints of earlier steps than this.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged.
+        UserError: there are checkpoints, but all are damaged.
     """
     found = [path for path in checkpoints(run) if before is None or step_of(path) < before]
     for path in reversed(found):
-        problem = damage(path)
+        problem = checkpoint_problem(path)
         if problem is None:
             return path
         warn(f"{path} is damaged ({problem}); looking for the one before")
@@ -102,7 +102,7 @@ def newest_sound_checkpoint(run: Path, before: int | None = None) -> Path | None
     return None
 
 
-def damage(checkpoint: Path) -> str | None:
+def checkpoint_problem(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         lines = (checkpoint / SUMS_FILE).read_text(encoding="utf-8").splitlines()
@@ -120,7 +120,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `CheckpointWriter.save` was given as `state`. Tensors are on the CPU.
+    """The `state` that was passed to `CheckpointWriter.save`, tensors on the CPU.
 
     Raises:
         UserError: the file is damaged or holds anything but tensors and plain values.
@@ -130,9 +130,9 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     try:
         with safe_globals(PARSER_NUMBERS):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen kinds on a damaged file
+    except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(f"{path} cannot be read; {advice}") from error
-    parts = {"progress": "step", "settings": "seed", "optimizer": "param_groups"}  # and what each holds at least
+    parts = {"progress": "step", "settings": "seed", "optimizer": "param_groups"}  # and a key each must have
     if not isinstance(state, dict) or not (
         STATE_KEYS <= state.keys()
         and all(isinstance(state[part], dict) and key in state[part] for part, key in parts.items())
@@ -142,7 +142,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_plain(value: Any, where: str = "state") -> None:
-    """Raises TypeError for what a checkpoint could not be loaded with: anything but tensors and plain values."""
+    """Raises TypeError for anything but tensors and plain values, which `weights_only` loading would refuse."""
     if type(value) is dict:
         for key, item in value.items():
             check_plain(key, f"a key of {where}")
@@ -155,35 +155,35 @@ def check_plain(value: Any, where: str = "state") -> None:
 
 
 def lock_run(run: Path) -> FileLock:
-    """Take possession of a run's folder, for as long as this process lives or the lock is not released.
+    """Lock a run's folder until the lock is released or this process ends.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds it.
     """
     run.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(run / LOCK_FILE, is_singleton=True)  # so this process can take it twice
+    lock = FileLock(run / LOCK_FILE, is_singleton=True)  # reentrant within this process
     try:
         lock.acquire(blocking=False)
     except Timeout as error:
         raise UserError(f"another process is training {run}; wait for it, or end it first") from error
     except (NotImplementedError, OSError) as error:
-        warn(f"{run} is not locked, since its file system has no locks ({error}); make sure that one process trains it")
+        warn(f"{run} is not locked: its file system has no locks ({error}); make sure that only one process trains it")
     return lock
 
 
 def holds_run(run: Path) -> bool:
-    """Whether a folder holds more than what was noted before a run's first step."""
+    """Whether a folder holds more than the notes made before a run's first step."""
     return run.is_dir() and any(path.name not in (LOCK_FILE, LAUNCH_FILE) for path in run.iterdir())
 
 
-def latest_written(run: Path) -> str | None:
-    """The name of the checkpoint that was written last, whether or not it is still there."""
+def last_written(run: Path) -> str | None:
+    """The name of the last checkpoint written, whether or not it still exists."""
     path = run / LATEST_FILE
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
-def begun_by_this_launch(run: Path) -> bool:
-    """Whether the torchrun that started this process, perhaps again after a failure, began the run."""
+def started_by_this_launch(run: Path) -> bool:
+    """Whether the run was begun by the same torchrun that started this process, perhaps as a restart."""
     try:
         return bool(_launch()) and (run / LAUNCH_FILE).read_text() == _launch()
     except (OSError, UnicodeDecodeError):
@@ -191,36 +191,36 @@ def begun_by_this_launch(run: Path) -> bool:
 
 
 def mark_launch(run: Path) -> None:
-    """Note that this launch trains the run, for `begun_by_this_launch`."""
+    """Record which launch trains the run, for `started_by_this_launch`."""
     (run / LAUNCH_FILE).write_text(_launch())
 
 
 def _launch() -> str:
-    """What tells this torchrun from others; "" without one."""
+    """An identifier of the torchrun above this process; "" without one."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return ""
-    # Its name and process number can be the same again, in containers even often; when it began is not.
+    # Run id and process id can repeat, in containers even often; the start time does not.
     status = Path(f"/proc/{os.getppid()}/stat")
     began = status.read_text().rpartition(")")[2].split()[19] if status.exists() else ""
     return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()} {began}"
 
 
 class CheckpointWriter(AbstractContextManager):
-    """Writes the checkpoints of a run in a thread: training waits for the copy to host memory only, but at its end.
+    """Writes a run's checkpoints in a background thread: training waits only for the copy to host memory.
 
-    A write that the disk refuses is reported and leaves the earlier checkpoints whole; the next `save` tries again.
-    The first checkpoint is read back: one that could not be loaded is an error now, not at the resume. Leaving the
-    context waits for the write that goes on.
+    A failed write (say, a full disk) is reported and leaves earlier checkpoints intact; the next `save` tries again.
+    The first checkpoint is read back, so one that could not be loaded is an error now rather than on resume. Leaving
+    the context waits for a write in progress.
 
     Args:
         run: the run's folder, locked by this process.
         tokenizer: saved with each checkpoint.
-        keep: how many checkpoints to keep, the newest ones.
-        newest: the checkpoint that the run continues from.
+        keep: how many of the newest checkpoints to keep.
+        newest: the checkpoint that the run resumes from.
 
     Attributes:
-        newest: the newest checkpoint written, or that one.
-        before: called in the thread before a checkpoint takes its place; what it raises, fails the write.
+        newest: the newest checkpoint written, or the one resumed from.
+        before: called in the thread before a checkpoint is renamed into place; an exception fails the write.
     """
 
     def __init__(self, run: Path, tokenizer: Tokenizer, keep: int, newest: Path | None):
@@ -230,7 +230,7 @@ class CheckpointWriter(AbstractContextManager):
         self.error: OSError | None = None  # of the newest write, if it failed
         self.read_back = False
         self.host_model: GPT | None = None
-        with tempfile.TemporaryDirectory() as directory:  # once: GPT-2's takes a second
+        with tempfile.TemporaryDirectory() as directory:  # once per run: GPT-2's takes a second
             tokenizer.save_pretrained(directory)
             self.tokenizer_files = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
         self.thread = ThreadPoolExecutor(1, "checkpoints", initializer=_yield_to_training)
@@ -241,14 +241,14 @@ class CheckpointWriter(AbstractContextManager):
     def save(
         self, step: int, config: GPTConfig, weights: dict[str, Tensor], state: dict[str, Any], wait: bool = False
     ) -> None:
-        """Copy a model and the state beside it, and leave the writing to the thread.
+        """Copy weights and state to host memory, and write them in the thread.
 
         Args:
             weights: the model's state_dict.
-            wait: until this one is written; otherwise it is left out while the one before is being written.
+            wait: until it is written; otherwise it is skipped if the previous one is still being written.
 
         Raises:
-            TypeError: the state holds more than tensors and plain values.
+            TypeError: the state holds anything but tensors and plain values.
         """
         if self.writing and not self.writing.done():
             if not wait:
@@ -267,12 +267,12 @@ class CheckpointWriter(AbstractContextManager):
         self.host_model.load_state_dict(weights)
         self.writing_step, state = step, _on_host(state)
         if wait:
-            self._write(step, state)  # here, where it has the priority of training
+            self._write(step, state)  # in this thread, at normal priority
         else:
             self.writing = self.thread.submit(self._write, step, state)
 
     def wait(self) -> None:
-        """Until no write goes on. Raises what the thread did, but for what the disk refused."""
+        """Wait for a write in progress. Raises the thread's exception, unless it was the disk's."""
         if self.writing:
             self.writing.result()
 
@@ -309,7 +309,7 @@ class CheckpointWriter(AbstractContextManager):
             for path in (*files, partial / SUMS_FILE, partial):
                 _sync(path)
             self.before()
-            shutil.rmtree(final, ignore_errors=True)  # one that was damaged, so that the run began before it
+            shutil.rmtree(final, ignore_errors=True)  # a damaged one that this run has gone back behind
             os.replace(partial, final)
             _sync(self.folder)
             (self.folder.parent / LATEST_FILE).write_text(final.name)
@@ -333,14 +333,14 @@ class CheckpointWriter(AbstractContextManager):
 
 
 def _yield_to_training() -> None:
-    """Leave the processors to the other threads of this process: what they have no use for is enough to write."""
-    torch.set_num_threads(1)  # two sets of OpenMP threads would wait for each other, spinning
+    """Lowest priority for the writing thread: it makes do with what training leaves idle."""
+    torch.set_num_threads(1)  # a second pool of OpenMP threads would spin against the first
     if sys.platform == "linux":  # elsewhere a thread has no priority of its own
         os.nice(19)
 
 
 def _save_state(state: dict[str, Any], path: Path) -> None:
-    """torch.save, which reports another trouble after that of the disk: this raises the disk's OSError."""
+    """torch.save, raising the disk's OSError rather than the RuntimeError that torch raises after it."""
     try:
         with path.open("wb") as file:
             torch.save(state, file)
@@ -361,9 +361,9 @@ def _on_host(value: Any) -> Any:
 
 
 def _sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or folder."""
+    """Flush a file or folder to disk."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What every script does at its command line: name the nearest word, end with one sentence."""
+"""The command line, for every script: one sentence for bad input, standard streams that cannot fail."""
 
 import argparse
 import contextlib
@@ -12,15 +12,15 @@ from typing import Any, TextIO
 
 
 class UserError(ValueError):
-    """What the user can mend: bad input, a file that is missing or damaged, a node that is gone.
+    """Something the user can fix: bad input, a missing or damaged file, a lost node.
 
-    It ends a script with one line and exit code 1; any other exception is a bug and keeps its traceback.
+    Ends a script with one line and exit code 1; any other exception is a bug and keeps its traceback.
     """
 
-    silent = False  # whether another process says it
+    silent = False  # whether another process prints it
 
 
-# OSErrors of the machine's state, not of the code: these end in one line as well.
+# OSErrors that tell of the machine's state, not of a bug: these end in one line as well.
 MACHINE_ERRORS = {
     getattr(errno, name, None)
     for name in ("EACCES", "EDQUOT", "EFBIG", "EIO", "EMFILE", "ENFILE", "ENOSPC", "EPERM", "EROFS", "ESTALE")
@@ -28,13 +28,13 @@ MACHINE_ERRORS = {
 
 
 def nearest(word: str, known: list[str]) -> str:
-    """ "; did you mean X?" where one of the known words is close, else nothing."""
+    """ "; did you mean X?" if one of the known words is close, else ""."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def count(text: str, least: int = 1, most: int = 10**9) -> int:
-    """The type of an argument: a whole number from `least` to `most`."""
+    """An argument's type: a whole number from `least` to `most`."""
     if not text.isascii() or not text.isdecimal() or int(text[:30]) < least:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more")
     if len(text) > 30 or int(text) > most:
@@ -43,16 +43,16 @@ def count(text: str, least: int = 1, most: int = 10**9) -> int:
 
 
 def as_text(argument: str) -> str:
-    """The type of an argument: what of it is no text, such as bytes that are no UTF-8, becomes U+FFFD."""
+    """An argument's type: text, with bytes that are not UTF-8 replaced by U+FFFD."""
     return argument.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class Output:
-    """Standard output or error. Once it cannot be written, the rest is dropped.
+    """Standard output or standard error. After a failed write the rest is discarded.
 
     Args:
-        stream: what it wraps.
-        sturdy: whether a failure is nobody's business; else it ends the program.
+        stream: the stream to wrap.
+        sturdy: ignore the failure; else it ends the program.
     """
 
     def __init__(self, stream: TextIO, sturdy: bool):
@@ -72,12 +72,12 @@ class Output:
         try:
             yield
         except OSError as error:
-            # At the file descriptor, so that flushing what is buffered does not fail again as the interpreter exits.
+            # At the file descriptor, so that the interpreter's own flush at exit does not fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             if self.sturdy:
                 return
             if error.errno in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
-                sys.exit(141)  # as SIGPIPE would end it: nobody reads any more, `head` has seen enough
+                sys.exit(141)  # as SIGPIPE would: the reader, say `head`, is gone
             raise UserError(f"standard output cannot be written: {error}") from error
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +85,7 @@ class Output:
 
 
 class ClosedInput(io.RawIOBase):
-    """Standard input where the process was started without one."""
+    """Standard input of a process that was started without one."""
 
     def readable(self) -> bool:
         return True
@@ -95,17 +95,17 @@ class ClosedInput(io.RawIOBase):
 
 
 def prepare_streams(sturdy: bool) -> None:
-    """Give the process three standard streams that take any text, whatever it was started with.
+    """Make the three standard streams usable for any text, however the process was started.
 
-    Characters that an encoding lacks are written as escapes; bytes that are no text are read as U+FFFD.
+    Characters missing from an encoding are written as escapes; undecodable bytes are read as U+FFFD.
 
     Args:
-        sturdy: whether standard output is a commentary, whose loss must not end the program. Standard error always is.
+        sturdy: standard output is only commentary, whose loss must not end the program. Standard error always is.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
-        except OSError:  # closed: this takes its number, or the next file opened would, and get what is printed
+        except OSError:  # closed: occupy its descriptor, or the next file opened would receive what is printed
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
         stream = getattr(sys, name)
         if stream is None and name == "stdin":
@@ -128,7 +128,7 @@ def run_script(main: Callable[[], None], sturdy: bool = False) -> None:
         try:
             main()
         finally:
-            sys.stdout.flush()  # here, where failing still counts
+            sys.stdout.flush()  # while a failure can still be reported
         return
     except UserError as error:
         end: str | int = 1 if error.silent else f"error: {error}"
@@ -137,7 +137,7 @@ def run_script(main: Callable[[], None], sturdy: bool = False) -> None:
             raise
         end = f"error: {error}"
     except (MemoryError, RuntimeError) as error:
-        # torch has a RuntimeError of its own for a GPU, and a plain one for a CPU.
+        # torch raises OutOfMemoryError, a RuntimeError, for GPUs and a plain RuntimeError for the CPU.
         reason = str(error).partition("\n")[0]
         if isinstance(error, RuntimeError) and "allocate" not in reason:
             raise

@@ -1,4 +1,4 @@
-"""The settings of a training run: one flat dataclass, read from a TOML file and the command line."""
+"""The settings of a training run: one flat dataclass, read from a TOML file and command-line flags."""
 
 import argparse
 import ast
@@ -38,7 +38,7 @@ def one_of(*choices: str) -> Rule:
 
 
 def is_one_line(text: str) -> bool:
-    """No control characters, line breaks or lone surrogates, which a path, a message or UTF-8 could not hold."""
+    """No control characters, line breaks or lone surrogates, which paths, messages or UTF-8 cannot hold."""
     return not {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, text))
 
 
@@ -51,6 +51,10 @@ NonNegativeFloat = Annotated[float, Rule("a number, 0 or more", lambda x: x >= 0
 Fraction = Annotated[float, Rule("a number from 0 to 1 (below 1)", lambda x: 0 <= x < 1)]
 Text = Annotated[str, Rule("text in quotes", lambda _: True), Rule("one line of plain text", is_one_line)]
 Bool = Annotated[bool, Rule("true or false", lambda _: True)]
+Passages = Annotated[
+    int | str,
+    Rule('a whole number, 0 or more, or "eval"', lambda n: n == "eval" or (type(n) is int and 0 <= n <= 2**53)),
+]
 Batch = Annotated[
     int | str, Rule('a whole number above 0 or "auto"', lambda n: n == "auto" or (type(n) is int and 0 < n <= 2**53))
 ]
@@ -58,7 +62,7 @@ Batch = Annotated[
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings; without a config file or flag each has the default shown, that of GPT-2 124M."""
+    """The settings. The defaults are those of GPT-2 124M."""
 
     data: Text = "data/shakespeare"
     """Folder of token shards, made by prepare_data.py."""
@@ -69,50 +73,52 @@ class TrainConfig:
     resume: Bool = False
     """Continue the run from its newest checkpoint."""
     seed: NonNegativeInt = 1337
-    """Of initial weights, dropout and the order of the data."""
+    """Seed of the initial weights, dropout and the data order."""
 
     n_layer: Annotated[NonNegativeInt, at_most(10_000)] = 0
-    """Blocks; 0: 12, or as loaded."""
+    """Blocks; 0: 12, or those of the loaded weights."""
     n_head: NonNegativeInt = 0
-    """Attention heads; 0: 12, or as loaded."""
+    """Attention heads; 0: 12, or those of the loaded weights."""
     n_embd: NonNegativeInt = 0
-    """Width, channels; 0: 768, or as loaded."""
+    """Width of the residual stream; 0: 768, or that of the loaded weights."""
     block_size: NonNegativeInt = 0
-    """Context, tokens; 0: 1024, or as loaded. Loaded weights can be cut shorter."""
+    """Context length, tokens; 0: 1024, or that of the loaded weights, which may be cropped."""
     dropout: Fraction = 0.0
-    """Share of activations dropped in training."""
+    """Dropout probability."""
     initializer_range: PositiveFloat = 0.02
-    """Standard deviation of fresh weights; GPT-2's 0.02 suits widths of 768 and more."""
+    """Standard deviation of initial weights; GPT-2's 0.02 suits widths of 768 and more."""
 
     batch_size: Batch = 16
-    """Windows of block_size tokens per process and micro-step, at most; "auto": what fits the GPU's memory."""
+    """Sequences per process and micro-step, at most; "auto": as many as fit the GPU's memory."""
     total_batch_size: PositiveInt = 524288
-    """Tokens per step over all processes; the accumulation steps follow from it."""
+    """Tokens per step over all processes; determines the gradient accumulation steps."""
     max_steps: PositiveInt = 19073
     """Optimizer steps of the whole run."""
     learning_rate: PositiveFloat = 6e-4
     """Peak learning rate, after the warm-up."""
     min_learning_rate: NonNegativeFloat = 6e-5
-    """Learning rate at the end."""
+    """Learning rate at max_steps."""
     warmup_steps: NonNegativeInt = 715
     """Steps over which the learning rate rises to its peak."""
     schedule: Annotated[str, one_of("cosine", "linear", "wsd")] = "cosine"
-    """How it falls after that; wsd: level, then linear over the last fifth of the run."""
+    """How the learning rate decays after the warm-up; wsd: constant, then linear over the last fifth."""
     optimizer: Annotated[str, one_of("adamw", "muon")] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for the rest."""
     weight_decay: NonNegativeFloat = 0.1
-    """Of matrices, embeddings among them."""
+    """Weight decay of matrices and embeddings."""
     beta1: Fraction = 0.9
-    """AdamW's decay of the mean of gradients."""
+    """AdamW's decay rate of the first moment."""
     beta2: Fraction = 0.95
-    """AdamW's decay of the mean of squared gradients."""
+    """AdamW's decay rate of the second moment."""
     grad_clip: NonNegativeFloat = 1.0
-    """Largest gradient norm; 0: no clipping."""
+    """Clip the gradient to this norm; 0: no clipping."""
 
     eval_interval: NonNegativeInt = 250
     """Steps between evaluations; 0: only at the end."""
     eval_tokens: NonNegativeInt = 0
     """Validation tokens per evaluation, always the same ones; 0: all."""
+    sample_interval: Passages = "eval"
+    """Steps between short passages that the model writes while training; "eval": at evaluations; 0: none."""
     eval_hellaswag: NonNegativeInt = 0
     """HellaSwag examples scored at each evaluation, evenly spread; 10042: all; 0: none."""
     hellaswag_data: Text = ""
@@ -135,16 +141,16 @@ class TrainConfig:
     activation_checkpointing: Bool = False
     """Keep each block's input only and compute the rest again in the backward pass: less memory, a third more work."""
     parallel: Annotated[str, one_of("ddp", "zero2", "fsdp")] = "ddp"
-    """What several processes share of the model; zero2: optimizer state and gradients; fsdp: weights too."""
+    """What is sharded over processes; ddp: nothing; zero2: optimizer state and gradients; fsdp: weights as well."""
     reduce_dtype: Annotated[str, one_of("float32", "bfloat16")] = "float32"
-    """Of gradients on their way between processes; bfloat16 halves the traffic and rounds them, with zero2 and fsdp at
-    every micro-step."""
+    """Dtype of gradients on the wire; bfloat16 halves the traffic and rounds them, with zero2 and fsdp at every
+    micro-step."""
     verify_data: Bool = True
-    """Check the SHA-256 of every shard at the start; sizes are checked always."""
+    """Check the SHA-256 of every shard at the start; sizes are always checked."""
     timeout: Annotated[PositiveInt, at_most(10**9)] = 600
-    """Seconds that a process waits for the others before it gives up."""
+    """Seconds that a process waits for the others before giving up."""
     max_bad_steps: PositiveInt = 20
-    """Steps in a row with a non-finite loss or gradient, each left out, after which the run ends."""
+    """End the run after this many consecutive steps with a non-finite loss or gradient, each of them skipped."""
 
     def __post_init__(self) -> None:
         for name, field in FIELDS.items():
@@ -157,19 +163,19 @@ class TrainConfig:
             raise UserError(f"min_learning_rate {self.min_learning_rate} is above learning_rate {self.learning_rate}")
 
     def plain(self) -> dict[str, Any]:
-        """The settings by name, as JSON, TOML and checkpoints hold them."""
+        """The settings as a dict of plain values, for JSON, TOML and checkpoints."""
         return dataclasses.asdict(self)
 
     def decisive(self) -> dict[str, Any]:
-        """The settings that must be the same in all processes of a group."""
-        own = MAY_DIFFER - ({"batch_size"} if self.parallel != "ddp" else set())  # in shares, micro-steps are common
+        """The settings that must be equal on all ranks."""
+        own = MAY_DIFFER - ({"batch_size"} if self.parallel != "ddp" else set())  # sharded ranks step together
         return {name: value for name, value in self.plain().items() if name not in own}
 
     def check_resumable(self, before: dict[str, Any], run: Path) -> list[str]:
-        """What a resumed run changes of its settings, a sentence each.
+        """The settings that a resumed run changes, one sentence each.
 
         Args:
-            before: the settings that it had.
+            before: its settings so far.
 
         Raises:
             UserError: a change would make it another run.
@@ -189,9 +195,9 @@ class TrainConfig:
         return notes
 
     def save(self, path: Path, notes: list[str]) -> None:
-        """Write every setting as a config file that train.py reads, under notes as comments."""
+        """Write every setting to a config file for train.py, below notes as comments."""
         comments = "".join(f"# {note}\n" for note in notes)
-        # JSON writes such values as TOML does.
+        # For such values JSON and TOML are the same.
         values = "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in self.plain().items())
         partial = path.with_name(f".{path.name}")
         partial.write_text(comments + values, encoding="utf-8")
@@ -199,21 +205,28 @@ class TrainConfig:
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
-# Processes may have these each of their own: data and weights are compared by what they hold.
+# May differ between ranks: data and weights are compared by content.
 MAY_DIFFER = {"data", "init_from", "hellaswag_data", "batch_size", "device", "verify_data"}
-# A resumed run may change these: they say where and how often, not what is computed.
+# May change on --resume: these don't affect the result.
 CHANGEABLE = {
     *("data", "run_name", "resume", "batch_size", "max_steps", "device", "compile", "parallel", "verify_data"),
     *("timeout", "max_bad_steps", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints"),
-    *("log_interval", "wandb_project", "eval_hellaswag", "hellaswag_data", "activation_checkpointing"),
+    *(
+        "log_interval",
+        "sample_interval",
+        "wandb_project",
+        "eval_hellaswag",
+        "hellaswag_data",
+        "activation_checkpointing",
+    ),
 }
 
 
 def parse_config(argv: list[str]) -> TrainConfig:
-    """The settings of `train.py [CONFIG.toml] [--key value ...]`; a flag overrides the file.
+    """The settings of `train.py [CONFIG.toml] [--key value ...]`; flags override the file.
 
-    A warm-up longer than the run is shortened to a tenth of it, so that `--max_steps 20` tries any recipe. Bad usage
-    prints one sentence, in the first process, and exits with code 2.
+    A warm-up longer than the run is shortened to a tenth of it, so that `--max_steps 20` tries out any recipe. Bad
+    usage prints one sentence on rank 0 and exits with code 2.
     """
     file, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (str(DEFAULT_CONFIG), argv)
     try:
@@ -236,7 +249,7 @@ def parse_config(argv: list[str]) -> TrainConfig:
 
 
 def read_flags(flags: list[str]) -> dict[str, Any]:
-    """The settings that flags give, unchecked."""
+    """The settings given by flags, unchecked."""
     parser = argparse.ArgumentParser(
         prog="train.py",
         usage="%(prog)s [CONFIG.toml] [--key value ...]",
@@ -261,7 +274,7 @@ def read_flags(flags: list[str]) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The settings that a config file gives, unchecked."""
+    """The settings given by a config file, unchecked."""
     if not os.path.isfile(path):
         recipes = [path.name for path in DEFAULT_CONFIG.parent.glob("*.toml")]
         raise UserError(f"there is no config file {path}{nearest(path.name, recipes)}")
@@ -271,7 +284,7 @@ def read_file(path: Path) -> dict[str, Any]:
         given = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8") from error
-    except (ValueError, RecursionError) as error:  # of bad TOML, a number of 5,000 digits, brackets as deep
+    except (ValueError, RecursionError) as error:  # also for huge numbers and deep nesting
         raise UserError(f"{path} is not valid TOML: {error}") from error
     for name, value in given.items():
         if name not in FIELDS:
@@ -283,20 +296,20 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def help_texts() -> dict[str, str]:
-    """The text under each setting of TrainConfig."""
+    """The docstring of each setting of TrainConfig."""
     body = ast.parse(inspect.getsource(TrainConfig)).body[0].body
     pairs = itertools.pairwise(body)
     return {field.target.id: text.value.value for field, text in pairs if isinstance(field, ast.AnnAssign)}
 
 
 def types_of(field: dataclasses.Field) -> tuple[type, ...]:
-    """The types of values that a setting takes."""
+    """The types that a setting accepts."""
     kind = field.type.__origin__
     return (int, float) if kind is float else get_args(kind) or (kind,)
 
 
 def from_text(field: dataclasses.Field, text: str) -> Any:
-    """A flag's text as the first of the setting's types that it can be, else as it is."""
+    """A flag's text, converted to the first of the setting's types that accepts it."""
     readers = {bool: lambda text: {"true": True, "false": False}[text.lower()]}
     for kind in types_of(field):
         with suppress(ValueError, KeyError):
@@ -305,10 +318,10 @@ def from_text(field: dataclasses.Field, text: str) -> Any:
 
 
 def checked(field: dataclasses.Field, value: Any) -> int | float | str | bool:
-    """A setting's value, as a float where it must be one.
+    """A setting's value, converted to float if it must be one.
 
     Raises:
-        UserError: it is of another type or breaks a rule.
+        UserError: it has the wrong type or breaks a rule.
     """
     fits = type(value) in types_of(field)
     for rule in field.type.__metadata__:
@@ -318,11 +331,11 @@ def checked(field: dataclasses.Field, value: Any) -> int | float | str | bool:
 
 
 def shown(field: dataclasses.Field, value: Any) -> str:
-    """A refused value, cut short; text in quotes only where these are what is wrong: max_steps = "20"."""
+    """A rejected value, shortened; quoted only if the quotes are the mistake: max_steps = "20"."""
     if value and isinstance(value, str) and from_text(field, value) == value:
         return value if len(value) <= 60 else f"{value[:57]}..."
     if isinstance(value, int) and value.bit_length() > 10_000:
-        return "a number of thousands of digits"  # which Python would not print
+        return "a number of thousands of digits"  # Python refuses to print it
     return reprlib.repr(value)
 
 
@@ -332,7 +345,7 @@ def no_setting(name: str) -> UserError:
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks for all. A RANK without a group of processes is another launcher's."""
+    """Whether this is rank 0. A RANK without a WORLD_SIZE was left over by another launcher."""
     try:
         return int(os.environ["WORLD_SIZE"]) <= 1 or int(os.environ["RANK"]) <= 0
     except (KeyError, ValueError):

@@ -1,7 +1,7 @@
-"""Token shards: write them, check them, read them as windows in a fixed shuffled order.
+"""Token shards on disk, and the way of a batch from there to the device: shuffled sequences, prefetch, shift by one.
 
-A shard has the layout of llm.c (dev/data/data_common.py there): 256 little-endian int32 (magic, version,
-number of tokens, zeros), then the ids, uint16 or uint32 after the magic.
+A shard has the layout of llm.c (dev/data/data_common.py there): a header of 256 little-endian int32 (magic, version,
+number of tokens, zeros), then the ids, uint16 or uint32 depending on the magic.
 """
 
 import hashlib
@@ -9,11 +9,17 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gpt2_scratch.cli import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 HEADER_INTS = 256
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, ids)
@@ -21,15 +27,15 @@ SHARD_TOKENS = 100_000_000
 
 
 class ShardWriter:
-    """Writes the tokens of a split, one document after the other, as `<split>_000000.bin` and on.
+    """Writes the tokens of a split, document after document, to `<split>_000000.bin`, `<split>_000001.bin`, ...
 
     Args:
-        vocab_size: decides the width of the ids.
-        shard_tokens: of each shard but the last.
-        n_tokens: how many of earlier tokens in the folder to keep and to go on from; what is beyond is cut off.
+        vocab_size: determines the width of the ids.
+        shard_tokens: tokens of each shard but the last.
+        n_tokens: keep this many tokens that the folder holds already, and continue after them.
 
     Raises:
-        UserError: the folder does not hold so many.
+        UserError: the folder holds fewer.
     """
 
     def __init__(
@@ -50,7 +56,7 @@ class ShardWriter:
             os.truncate(self._path(n_tokens // shard_tokens), self._bytes(n_tokens % shard_tokens))
 
     def add(self, ids: np.ndarray) -> None:
-        """Append ids; they may run over a shard's end."""
+        """Append ids, across shard boundaries where necessary."""
         ids = ids.astype(self.dtype, copy=False)
         while len(ids):
             number, used = divmod(self.n_tokens, self.shard_tokens)
@@ -64,7 +70,7 @@ class ShardWriter:
             self.n_tokens += len(now)
 
     def cut(self, n_tokens: int) -> np.ndarray:
-        """Take the last tokens back; returns them."""
+        """Remove the last tokens and return them."""
         kept, parts = self.n_tokens - n_tokens, []
         while self.n_tokens > kept:
             number = (self.n_tokens - 1) // self.shard_tokens
@@ -78,13 +84,13 @@ class ShardWriter:
         return np.concatenate([*reversed(parts), np.zeros(0, self.dtype)])
 
     def sync(self) -> None:
-        """Have the disk hold what was added."""
+        """Flush to disk what was added."""
         if self.n_tokens % self.shard_tokens:
             with self._path(self.n_tokens // self.shard_tokens).open("r+b") as file:
                 os.fsync(file.fileno())
 
     def finish(self) -> list[dict]:
-        """Write the headers. Returns for each shard its `file`, number of `tokens` and `sha256`, for meta.json."""
+        """Write the headers. Returns each shard's `file`, number of `tokens` and `sha256`, for meta.json."""
         entries = []
         for first in range(0, self.n_tokens, self.shard_tokens):
             path, n_tokens = self._path(first // self.shard_tokens), min(self.shard_tokens, self.n_tokens - first)
@@ -107,10 +113,10 @@ class ShardWriter:
 def write_shards(
     directory: Path, split: str, documents: Iterable[np.ndarray], vocab_size: int, shard_tokens: int = SHARD_TOKENS
 ) -> list[dict]:
-    """Write the documents of a split, arrays of ids that each begin with `<|endoftext|>`.
+    """Write a split's documents, arrays of ids that each begin with `<|endoftext|>`.
 
     Returns:
-        for each shard its `file`, number of `tokens` and `sha256`, for meta.json.
+        Each shard's `file`, number of `tokens` and `sha256`, for meta.json.
     """
     writer = ShardWriter(directory, split, vocab_size, shard_tokens)
     for ids in documents:
@@ -143,7 +149,7 @@ def read_meta(directory: str | Path) -> dict:
 
 
 def fingerprint(meta: dict) -> str:
-    """A sum that two data folders share when they hold the same tokens in the same shards."""
+    """A hash that is equal for data folders with the same tokens in the same shards."""
     known = {name: meta[name] for name in ("tokenizer", "vocab_size", "shards")}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
@@ -154,14 +160,14 @@ def file_sha256(path: Path) -> str:
 
 
 def open_shard(path: Path, tokens: int | None = None, sha256: str | None = None) -> np.ndarray:
-    """The ids of a shard, mapped from disk and read as they are used.
+    """The ids of a shard, memory-mapped.
 
     Args:
-        tokens: how many there must be, if known.
-        sha256: the sum that the whole file must have, if it is to be checked.
+        tokens: the number there must be, if known.
+        sha256: the hash the file must have; None: not checked.
 
     Raises:
-        UserError: a missing, foreign, truncated or altered file, by name.
+        UserError: the file is missing, truncated, altered or not a token shard.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing; make the data again with prepare_data.py")
@@ -183,13 +189,13 @@ def open_shard(path: Path, tokens: int | None = None, sha256: str | None = None)
 
 
 class TokenDataset:
-    """The windows of one split: `block_size` tokens each and the token after, side by side.
+    """The sequences of one split: consecutive stretches of `block_size` tokens and the token after.
 
-    A window never runs over a shard's end, so each shard's last few tokens (fewer than a window) are
-    left out of training; `tail` gives them to evaluation.
+    No sequence crosses a shard boundary. The tokens left over at a shard's end, fewer than a sequence, are not trained
+    on; `tails` gives them to evaluation.
 
     Raises:
-        UserError: a bad shard, an id outside the vocabulary, or fewer tokens than one window.
+        UserError: a bad shard, an id outside the vocabulary, or fewer tokens than one sequence.
     """
 
     def __init__(self, directory: str | Path, split: str, block_size: int, verify: bool = True):
@@ -203,37 +209,37 @@ class TokenDataset:
                 self._check_ids(path, shard)
             self.lengths.append(len(shard))
             self.dtypes.append(shard.dtype)
-        # The first window's number in each shard, and their count at the end.
+        # The number of each shard's first sequence, and at the end the number of sequences.
         counts = [max(0, (length - 1) // block_size) for length in self.lengths]
         self.starts = np.cumsum([0, *counts])
         if len(self) == 0:
             raise UserError(
-                f"the {split} split of {directory} has {sum(self.lengths)} tokens, fewer than one window of "
+                f"the {split} split of {directory} has {sum(self.lengths)} tokens, fewer than one sequence of "
                 f"block_size + 1 = {block_size + 1}; use a smaller block_size or more text"
             )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def windows(self, numbers: np.ndarray) -> np.ndarray:
-        """The windows of these numbers, int64 (len(numbers), block_size + 1)."""
+    def sequences(self, numbers: np.ndarray) -> np.ndarray:
+        """The sequences with these numbers, int64 (len(numbers), block_size + 1)."""
         shards = np.searchsorted(self.starts, numbers, side="right") - 1
         begins = (numbers - self.starts[shards]) * self.block_size
         return np.stack([self._read(s, b, self.block_size + 1) for s, b in zip(shards.tolist(), begins.tolist())])
 
     def tails(self) -> list[np.ndarray]:
-        """What each shard holds after its last whole window, where that is something to predict."""
+        """The tokens after each shard's last whole sequence, unless there is nothing to predict in them."""
         begins = np.diff(self.starts) * self.block_size
         lengths = np.array(self.lengths) - begins
         return [self._read(s, b, n) for s, (b, n) in enumerate(zip(begins.tolist(), lengths.tolist())) if n > 1]
 
     def _read(self, s: int, begin: int, n_tokens: int) -> np.ndarray:
-        # Read, not mapped: the pages of a map would count as this process's memory, and a map keeps its file open.
+        # Read, not memory-mapped: mapped pages count as this process's memory, and a map keeps its file open.
         dtype = self.dtypes[s]
         with open(self.paths[s], "rb", buffering=0) as file:
             file.seek(4 * HEADER_INTS + begin * dtype.itemsize)
             ids = np.frombuffer(file.read(n_tokens * dtype.itemsize), dtype).astype(np.int64)
-        self._check_ids(self.paths[s], ids)  # a device would fail on a wrong one without saying where
+        self._check_ids(self.paths[s], ids)  # CUDA would fail on a bad id without saying where
         if len(ids) < n_tokens:
             raise UserError(f"{self.paths[s]} has become shorter since the start")
         return ids
@@ -244,10 +250,10 @@ class TokenDataset:
 
 
 def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """Where a pseudo-random permutation of range(n) sends these positions, in O(1) memory.
+    """A pseudo-random permutation of range(n), evaluated at these positions in O(1) memory.
 
-    A Feistel network over the smallest even number of bits that holds n, walked on until it falls below
-    n (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 4).
+    A Feistel network over the smallest even number of bits that can represent n - 1, applied again until the result is
+    below n (cycle walking; Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002, section 4).
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -257,7 +263,7 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     while todo.any():
         left, right = out[todo] >> half, out[todo] & mask
         for key in keys:
-            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # the round function: a multiplicative hash
+            mixed = (right ^ key) * np.uint64(0x9E3779B97F4A7C15)  # round function: a multiplicative hash
             mixed ^= mixed >> np.uint64(29)
             mixed *= np.uint64(0xBF58476D1CE4E5B9)
             left, right = right, left ^ ((mixed >> np.uint64(32)) & mask)
@@ -267,15 +273,22 @@ def permute(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def training_batches(
-    dataset: TokenDataset, *, seed: int, consumed: int, step_windows: int, batch_size: int, rank: int, world_size: int
+    dataset: TokenDataset,
+    *,
+    seed: int,
+    consumed: int,
+    sequences_per_step: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
 ) -> Iterator[np.ndarray]:
-    """One process's micro-batches, without end: int64 (batch_size, block_size + 1).
+    """One rank's micro-batches, endlessly: int64 (batch_size, block_size + 1).
 
-    The run sees the windows `consumed`, `consumed + 1`, ... of an endless sequence of shuffled epochs,
-    `step_windows` a step; of each step a process takes its contiguous share. So the sequence does not
-    depend on the number of processes, nor on `batch_size`, and `consumed` alone says where a run is.
+    A run sees numbers `consumed`, `consumed + 1`, ... of an endless stream of shuffled epochs, `sequences_per_step` of
+    them a step, of which each rank takes its contiguous share. So the order depends neither on the number of ranks nor
+    on `batch_size`, and the integer `consumed` alone says where a run stands.
     """
-    share = step_windows // world_size
+    share = sequences_per_step // world_size
     while True:
         for first in range(consumed + rank * share, consumed + (rank + 1) * share, batch_size):
             epochs, positions = np.divmod(np.arange(first, first + batch_size), len(dataset))
@@ -283,19 +296,19 @@ def training_batches(
             for epoch in np.unique(epochs):
                 here = epochs == epoch
                 numbers[here] = permute(positions[here], len(dataset), seed, int(epoch))
-            yield dataset.windows(numbers)
-        consumed += step_windows
+            yield dataset.sequences(numbers)
+        consumed += sequences_per_step
 
 
 def evaluation_batches(
     dataset: TokenDataset, *, batch_size: int, max_tokens: int, rank: int, world_size: int
 ) -> Iterator[np.ndarray]:
-    """One process's share of a split, in order, each token predicted once: (batch_size, block_size + 1).
+    """One rank's share of a split, in order, every token predicted once: int64 (batch_size, block_size + 1).
 
-    The last window of a shard and the last batch are filled up with -1 to keep one shape.
+    The last sequence of a shard and the last batch are filled with -1, so that all batches have one shape.
 
     Args:
-        max_tokens: stop after about this many tokens, rounded up to a window; 0: the whole split.
+        max_tokens: stop after this many tokens, rounded up to whole sequences; 0: the whole split.
     """
     n = len(dataset)
     tails = dataset.tails()
@@ -307,8 +320,29 @@ def evaluation_batches(
         batch = np.full((batch_size, dataset.block_size + 1), -1)
         whole = numbers[numbers < n]
         if len(whole):
-            batch[: len(whole)] = dataset.windows(whole)
+            batch[: len(whole)] = dataset.sequences(whole)
         for row, number in enumerate(numbers[len(whole) :], start=len(whole)):
             tail = tails[number - n]
             batch[row, : len(tail)] = tail
         yield batch
+
+
+def to_device(batches: Iterator[np.ndarray], device: "torch.device") -> Iterator[tuple["Tensor", "Tensor"]]:
+    """Inputs and targets, int64 (B, T) each, on the device. A thread reads the next batch while this one is in use."""
+    import torch  # here: preparing data does without it
+
+    def read() -> "Tensor | None":
+        batch = next(batches, None)
+        if batch is None:
+            return None
+        tensor = torch.from_numpy(batch)  # (B, T + 1)
+        return tensor.pin_memory() if device.type == "cuda" else tensor  # only pinned memory is copied asynchronously
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        upcoming = pool.submit(read)
+        while (batch := upcoming.result()) is not None:
+            upcoming = pool.submit(read)
+            batch = batch.to(device, non_blocking=True)
+            # The shift by one: at each position the target is the token that follows. Filler (-1) is ignored as a
+            # target; as an input, where any id will do, it becomes 0.
+            yield batch[:, :-1].clamp(min=0), batch[:, 1:]

@@ -1,19 +1,9 @@
-"""What a script needs of the machine: device, precision, signals, peak speed."""
+"""Device, precision and peak speed."""
 
 import ctypes
-import os
 import re
-import signal
-import socket
 import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from threading import Thread
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,97 +84,21 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
-class LateReader:
-    """Reads the figures of each step from the device; on CUDA those of the step before, so as not to wait."""
+class AsyncReader:
+    """Copies a step's metrics to the host; on CUDA without waiting: it returns those of the step before."""
 
     def __init__(self) -> None:
         self.newest: tuple[int, Tensor, torch.cuda.Event] | None = None
 
-    def read(self, step: int, figures: Tensor, now: bool) -> tuple[int, list[float]]:
-        """The figures of this step (with `now`, which waits for the device) or of one before, and its number."""
-        if figures.device.type != "cuda":
-            return step, figures.tolist()
-        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
-        host.copy_(figures, non_blocking=True)
+    def read(self, step: int, metrics: Tensor, now: bool) -> tuple[int, list[float]]:
+        """The number of a step and its metrics: this step (always if `now`, which waits for the device) or the last."""
+        if metrics.device.type != "cuda":
+            return step, metrics.tolist()
+        host = torch.empty(metrics.shape, dtype=metrics.dtype, pin_memory=True)
+        host.copy_(metrics, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        late, self.newest = self.newest, (step, host, event)
-        at, host, event = self.newest if now or late is None else late
+        previous, self.newest = self.newest, (step, host, event)
+        step, host, event = self.newest if now or previous is None else previous
         event.synchronize()
-        return at, host.tolist()
-
-
-def launcher_is_gone(launcher: int) -> bool:
-    """Whether the torchrun that started this process, of that process number, has ended before it."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
-
-
-class StopSignals(AbstractContextManager):
-    """Within it SIGTERM, SIGINT and SIGUSR1 ask for an end: `signum` is the number of the first, 0 before.
-
-    A second one ends the process at once; a thread sees to that, as the main one may be waiting in a library.
-    Schedulers signal a process directly and through its launcher, so signals within a second count as one. A torchrun
-    that is gone, which would have passed signals on, counts as SIGTERM.
-
-    Args:
-        launcher: the process number that torchrun had when this process started.
-    """
-
-    # Windows has no SIGUSR1.
-    KINDS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-
-    def __init__(self, launcher: int):
-        self.launcher = launcher
-
-    def __enter__(self) -> "StopSignals":
-        self.signum = 0
-        self.inlet, self.outlet = socket.socketpair()  # a pipe would not do on Windows
-        self.outlet.setblocking(False)
-        self.old_handlers = {kind: signal.signal(kind, lambda *_: None) for kind in self.KINDS}
-        self.old_outlet = signal.set_wakeup_fd(self.outlet.fileno(), warn_on_full_buffer=False)
-        Thread(target=self._watch, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        signal.set_wakeup_fd(self.old_outlet)
-        for kind, handler in self.old_handlers.items():
-            signal.signal(kind, handler)
-        self.outlet.close()
-
-    def _watch(self) -> None:
-        self.inlet.settimeout(1)
-        while True:
-            try:
-                received = self.inlet.recv(1)
-            except TimeoutError:
-                # torchrun ends its processes before itself, unless it was killed: then nobody else would end these.
-                if launcher_is_gone(self.launcher) and not self.signum:
-                    self.signum, first = signal.SIGTERM, time.monotonic()
-                continue
-            if not received:
-                break
-            if received[0] not in self.KINDS:
-                continue
-            if not self.signum:
-                self.signum, first = received[0], time.monotonic()
-            elif time.monotonic() - first > 1:
-                os._exit(128 + received[0])
-        self.inlet.close()
-
-
-def to_device(batches: Iterator[np.ndarray], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets (B, T) on the device, the next batch made by a thread while this one is used."""
-
-    def load() -> Tensor | None:
-        batch = next(batches, None)
-        if batch is None:
-            return None
-        tensor = torch.from_numpy(batch)
-        return tensor.pin_memory() if device.type == "cuda" else tensor
-
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        coming = pool.submit(load)
-        while (batch := coming.result()) is not None:
-            coming = pool.submit(load)
-            batch = batch.to(device, non_blocking=True)
-            yield batch[:, :-1].clamp(min=0), batch[:, 1:]  # filler is never a target, any id will do as input
+        return step, host.tolist()

@@ -20,17 +20,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gpt2_scratch.cli import MACHINE_ERRORS, UserError
-from gpt2_scratch.device import keep_freed_memory, launcher_is_gone, pick_device
+from gpt2_scratch.device import keep_freed_memory, pick_device
+from gpt2_scratch.signals import launcher_is_gone
 
-# What Gloo, NCCL and the store say when another process is gone or does not answer.
+# Errors of Gloo, NCCL and the store when another process is gone or does not answer.
 LOST = re.compile(
     r"gloo/transport|nccl|connection (closed|reset|refused)|broken pipe|timed? ?out|failed to recv", re.IGNORECASE
 )
-CHUNK = 2**26  # bytes of a file that travel at a time
+CHUNK = 2**26  # bytes of a file per broadcast
 
 
 class SharedError(UserError):
-    """A UserError that every process raises; the first one of each node prints it."""
+    """A UserError raised by every process and printed by the first one on each node."""
 
     def __init__(self, message: str):
         super().__init__(message)
@@ -38,49 +39,49 @@ class SharedError(UserError):
 
 
 class Peers:
-    """What the processes of a group tell each other through torch's key-value store, on the host.
+    """Exchange of small values between processes on the host, through torch's key-value store.
 
-    For what comes before and after training: it needs no device, and it waits for as long as the other process lives,
-    however long its work takes. Collectives give up after `timeout` seconds.
+    For the time before and after training: it needs no device, and it waits for as long as the others send heartbeats,
+    however long their work takes. Collectives, by contrast, give up after `timeout` seconds.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout: float, launcher: int):
         self.store, self.rank, self.world_size, self.timeout = store, rank, world_size, timeout
         self.launcher = launcher
-        self.training = False  # whether there is something to resume
+        self.training = False  # whether there is a run to resume if the others are lost
         self.numbers = itertools.count()
         self.ended = Event()
         self.heart = Thread(target=self._beat, daemon=True)
         self.heart.start()
 
-    def all_gather(self, value: Any, error: str | None = None) -> list[Any]:
-        """Every process's value (of JSON), in the order of their ranks.
+    def all_gather_object(self, value: Any, error: str | None = None) -> list[Any]:
+        """The JSON value of every rank, in order.
 
         Raises:
-            SharedError: a process gave an `error` instead, here or where it stood by then.
+            SharedError: a rank passed an `error`, from here or from the block where it failed.
         """
         number = next(self.numbers)
         mine = {"place": place(self.rank), "value": value, "error": error}
         try:
             self.store.set(f"{number}/{self.rank}", json.dumps(mine))
-            told = [json.loads(self._wait(f"{number}/{rank}", rank)) for rank in range(self.world_size)]
+            messages = [json.loads(self._wait(f"{number}/{rank}", rank)) for rank in range(self.world_size)]
         except RuntimeError:
             if not launcher_is_gone(self.launcher):
                 raise
-            told = [None] * self.world_size  # torchrun kept the store; the processes still have each other
-            dist.all_gather_object(told, mine)
+            messages = [None] * self.world_size  # the store went with torchrun; the process group is still there
+            dist.all_gather_object(messages, mine)
         places: dict[str, list[str]] = {}
-        for one in told:
+        for one in messages:
             if one["error"] is not None:
                 places.setdefault(one["error"], []).append(one["place"])
         if places:
             everywhere = len(places) == 1 and len(next(iter(places.values()))) == self.world_size
             sentences = [text if everywhere else f"{text} ({listed(at)})" for text, at in places.items()]
             raise SharedError("; ".join(sentences))
-        return [one["value"] for one in told]
+        return [one["value"] for one in messages]
 
     def end(self) -> None:
-        """Every process calls this last. The first one, whose launcher may keep the store, ends after the others."""
+        """Leave, as the last call. Rank 0, whose launcher may host the store, leaves after the others."""
         with suppress(RuntimeError):
             self.store.set(f"left/{self.rank}", "")
             for rank in range(1, self.world_size if self.rank == 0 else 0):
@@ -89,7 +90,7 @@ class Peers:
         self.heart.join()
 
     def _wait(self, key: str, rank: int) -> bytes:
-        """What the process of a rank puts under a key, for as long as it gives signs of life."""
+        """The value a rank stores under a key; waits as long as that rank sends heartbeats."""
         heard, beats, pause = time.monotonic(), b"", 0.001
         while not self.store.check([key]):
             alive = f"alive/{rank}"
@@ -97,7 +98,7 @@ class Peers:
             if newest != beats:
                 heard, beats = time.monotonic(), newest
             elif time.monotonic() - heard > self.timeout:
-                raise RuntimeError(f"timed out, no sign of life from process {rank}")
+                raise RuntimeError(f"timed out, no heartbeat from rank {rank}")
             time.sleep(pause)
             pause = min(0.05, 1.5 * pause)
         return self.store.get(key)
@@ -107,29 +108,38 @@ class Peers:
             try:
                 self.store.set(f"alive/{self.rank}", str(beats))
             except RuntimeError:
-                return  # the store has gone; who needs it will say so
+                return  # the store is gone; whoever needs it next will report that
             if self.ended.wait(min(5, self.timeout / 4)):
                 return
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """One process's place in the run."""
+    """One process of the run: its device and rank."""
 
     device: torch.device
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     peers: Peers | None = None
-    launcher: int = field(default_factory=os.getppid)  # the process number of torchrun, where that started this one
+    launcher: int = field(default_factory=os.getppid)  # process id of torchrun, if that started this process
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def all_gather(self, value: Any) -> list[Any]:
-        """Every process's value (of JSON)."""
-        return self.peers.all_gather(value) if self.peers else [value]
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """The JSON value of every rank, in order."""
+        return self.peers.all_gather_object(value) if self.peers else [value]
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's JSON value."""
+        return self.all_gather_object(value)[0]
+
+
+def print0(rt: Runtime, text: str) -> None:
+    if rt.is_main:
+        print(text)
 
 
 def place(rank: int) -> str:
@@ -141,12 +151,12 @@ def listed(names: list[str]) -> str:
 
 
 def place_in_group() -> tuple[int, int, int]:
-    """Rank, rank on this node and number of processes, as torchrun or another launcher says in the environment.
+    """Rank, local rank and world size, from the environment that torchrun or another launcher sets.
 
-    Without WORLD_SIZE, or with 1, this is a process of its own, whatever else a launcher left in the environment.
+    Without WORLD_SIZE, or if it is 1, this is a single process, whatever other variables are left over.
 
     Raises:
-        UserError: the environment is that of a group, and incomplete or contradictory.
+        UserError: the variables are incomplete or contradictory.
     """
     number = {name: os.environ.get(name, "").strip() for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")}
     if number["WORLD_SIZE"] in ("", "1"):
@@ -163,7 +173,7 @@ def place_in_group() -> tuple[int, int, int]:
 
 
 def recorded(main: Callable[[], None]) -> Callable[[], None]:
-    """The same, under torchrun with its exception handed to torchrun, whose summary then names the cause."""
+    """main, with its exceptions reported to torchrun, whose summary then shows the cause."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return main
     from torch.distributed.elastic.multiprocessing.errors import record
@@ -173,13 +183,13 @@ def recorded(main: Callable[[], None]) -> Callable[[], None]:
 
 @contextmanager
 def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtime]:
-    """This process's device and place; under torchrun within a process group (NCCL, Gloo on CPU).
+    """This process's device and rank; under torchrun, inside a process group (NCCL, or Gloo on CPUs).
 
     Args:
-        timeout: seconds after which a process that waits for the others in training gives up.
+        timeout: seconds after which a collective gives up waiting for the other processes.
 
     Raises:
-        UserError: another process is gone, does not answer, or has another device, torch or program.
+        UserError: another process is gone, does not answer, or runs on another device, torch or program version.
     """
     rank, local_rank, world_size = place_in_group()
     rt = Runtime(torch.device("cpu"), rank, local_rank, world_size)
@@ -215,7 +225,7 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
 
 
 def meet(rank: int, world_size: int, timeout: float, launcher: int) -> Peers:
-    """Raises UserError: the others are not to be found."""
+    """Raises UserError: the other processes cannot be reached."""
     try:
         if host := os.environ.get("MASTER_ADDR"):
             socket.getaddrinfo(host, None)  # torch would try to for as long as the timeout, with a C++ stack each time
@@ -227,31 +237,31 @@ def meet(rank: int, world_size: int, timeout: float, launcher: int) -> Peers:
             f"that {world_size} processes are started"
         ) from error
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun keeps its store over a restart, and with it the addresses of processes that are gone. On
-        # several nodes the count may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 renews the store.
+        # torchrun keeps its store across restarts, with the addresses of processes that are gone. With several nodes
+        # restart counts may differ; there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each restart a new store.
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     return Peers(store, rank, world_size, timeout, launcher)
 
 
 def leave_group(rt: Runtime) -> None:
-    """Every process calls this at its end. What a group still runs then can abort a Python that ends."""
+    """Tear the group down together: its threads can abort an interpreter that is already exiting."""
     if not rt.peers:
         return
     with suppress(SharedError):
-        rt.peers.all_gather(None)  # one that closes its connections early would break the others' ending
+        rt.peers.all_gather_object(None)  # closing connections early would break the others' shutdown
     rt.peers.end()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def first_line(error: Exception) -> str:
-    """The first sentence of what a library says, without its marks of place."""
+    """The first sentence of a library's message, without its source location."""
     lines = re.sub(r"^\[\S*\] ", "", str(error).strip()).splitlines()
     return lines[0].partition(". ")[0].rstrip(".") if lines else type(error).__name__
 
 
 def program_version() -> str:
-    """A sum over this program's source."""
+    """A hash of this program's source."""
     root = Path(__file__).parent.parent
     sources = sorted([*root.glob("*.py"), *root.glob("gpt2_scratch/**/*.py"), *root.glob("gpt2_scratch/**/*.c")])
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
@@ -259,7 +269,7 @@ def program_version() -> str:
 
 @contextmanager
 def all_ranks_or_none(rt: Runtime) -> Iterator[None]:
-    """Run a block on every rank; if it raises on any, all exit with one sentence. A bug keeps its traceback as well."""
+    """Run the block on every rank; if it raises on any, all exit with one message. A bug also keeps its traceback."""
     error, text = None, None
     try:
         yield
@@ -274,7 +284,7 @@ def all_ranks_or_none(rt: Runtime) -> Iterator[None]:
     if not rt.peers:
         return
     try:
-        rt.peers.all_gather(None, text)
+        rt.peers.all_gather_object(None, text)
     except SharedError as shared:
         if error and text != str(error):
             leave_group(rt)
@@ -283,57 +293,54 @@ def all_ranks_or_none(rt: Runtime) -> Iterator[None]:
 
 
 def same_everywhere(rt: Runtime, facts: dict[str, Any]) -> None:
-    """Raises SharedError: the processes differ in one of these facts (of JSON); it says who has what."""
-    told = rt.all_gather([place(rt.rank), facts])
-    common = [name for name in told[0][1] if all(name in theirs for _, theirs in told)]
-    names = [name for name in common if any(theirs[name] != facts[name] for _, theirs in told)]
+    """Raises SharedError: the ranks differ in one of these (JSON) facts; the message says who has which value."""
+    ranks = rt.all_gather_object([place(rt.rank), facts])
+    common = [name for name in ranks[0][1] if all(name in theirs for _, theirs in ranks)]
+    names = [name for name in common if any(theirs[name] != facts[name] for _, theirs in ranks)]
     if not names:
         return
     differences = []
     for name in names:
         holders: dict[str, list[str]] = {}
-        for where, theirs in told:
+        for where, theirs in ranks:
             holders.setdefault(json.dumps(theirs[name]), []).append(where)
         differences.append(f"{name} is " + " and ".join(f"{value} at {listed(at)}" for value, at in holders.items()))
     raise SharedError(f"the processes do not agree: {'; '.join(differences)}; start all of them with the same")
 
 
-def from_main(rt: Runtime, value: Any) -> Any:
-    """The first process's value (of JSON), in every process."""
-    return rt.all_gather(value)[0]
-
-
-def gather(values: Tensor, rt: Runtime) -> Tensor:
-    """The values (n,) of all processes, (world_size, n), on every device. The host does not wait."""
+def all_gather(values: Tensor, rt: Runtime) -> Tensor:
+    """The values (n,) of all ranks as (world_size, n), on every device. Does not synchronise with the host."""
     if rt.world_size == 1:
         return values[None]
-    gathered = [torch.empty_like(values) for _ in range(rt.world_size)]
-    dist.all_gather(gathered, values)
-    return torch.stack(gathered)
+    ranks = [torch.empty_like(values) for _ in range(rt.world_size)]
+    dist.all_gather(ranks, values)
+    return torch.stack(ranks)
 
 
-def weight_sums(model: nn.Module) -> Tensor:
-    """A checksum of each parameter that every process has whole, int64 (n,): the sum of its bits as integers."""
-    whole = [p.detach() for p in model.parameters() if not hasattr(p, "to_local")]
-    return torch.stack([p.view(torch.int32).sum(dtype=torch.int64) for p in whole]) if whole else torch.zeros(0)
+def weight_checksums(model: nn.Module) -> Tensor:
+    """A checksum of each parameter that is not sharded, int64 (n,): the sum of its bits, read as integers."""
+    replicated = [p.detach() for p in model.parameters() if not hasattr(p, "to_local")]
+    return (
+        torch.stack([p.view(torch.int32).sum(dtype=torch.int64) for p in replicated]) if replicated else torch.zeros(0)
+    )
 
 
-def drifted(model: nn.Module, rt: Runtime) -> list[int]:
-    """The ranks whose copy of the model is another than that of rank 0: bit flips, or a step that only some made."""
-    if rt.world_size == 1 or not len(sums := weight_sums(model)):
+def diverged_ranks(model: nn.Module, rt: Runtime) -> list[int]:
+    """The ranks whose replica of the model differs from rank 0's, after a bit flip or a step that only some made."""
+    if rt.world_size == 1 or not len(checksums := weight_checksums(model)):
         return []
-    everyones = gather(sums, rt)  # (world_size, n)
-    return (everyones != everyones[0]).any(dim=1).nonzero().flatten().tolist()
+    ranks = all_gather(checksums, rt)  # (world_size, n)
+    return (ranks != ranks[0]).any(dim=1).nonzero().flatten().tolist()
 
 
 def send_files(rt: Runtime, files: list[Path], owner: int, into: Path | None) -> None:
-    """Copy files of one rank's node to others', for nodes without a common file system. Every process calls.
+    """Copy files from one rank's node to others, for nodes without a shared file system. A collective.
 
     Args:
         owner: the rank that has the files.
-        into: the folder to copy to in this process; None: nothing is kept here.
+        into: the folder this process writes them to; None: it writes nothing.
     """
-    sizes = rt.all_gather([path.stat().st_size for path in files] if rt.rank == owner else None)[owner]
+    sizes = rt.all_gather_object([path.stat().st_size for path in files] if rt.rank == owner else None)[owner]
     for path, size in zip(files, sizes):
         with (
             path.open("rb") if rt.rank == owner else nullcontext() as source,

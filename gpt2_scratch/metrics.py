@@ -1,10 +1,13 @@
-"""Where a run's figures go: metrics.jsonl always, TensorBoard and Weights & Biases where wanted."""
+"""A run's metrics: metrics.jsonl, TensorBoard and Weights & Biases; and its speed."""
 
 import importlib.util
 import json
 import math
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 
@@ -14,25 +17,25 @@ from gpt2_scratch.cli import UserError
 
 
 class MetricsLog:
-    """Append figures to `<run>/metrics.jsonl`, and to TensorBoard event files if it is installed.
+    """Appends metrics to `<run>/metrics.jsonl`, and to TensorBoard event files if it is installed.
 
     Args:
         run: the run's folder.
-        step: where the run stands; lines of later steps, lost with a crash, are cut off.
-        evaluation_due: the validation loss of `step` is yet to come; a line of it is cut off as well.
-        settings: what Weights & Biases shows beside the curves.
-        wandb_project: the project to send to; "": nowhere.
+        step: where the run resumes; lines of later steps are removed.
+        evaluation_due: the evaluation at `step` is yet to come; a line of it is removed as well.
+        settings: shown by Weights & Biases beside the curves.
+        wandb_project: the project to log to; "": none.
 
     Raises:
-        UserError: a line that is to be kept is not one of ours.
+        UserError: a line to be kept is damaged.
     """
 
     def __init__(self, run: Path, settings: dict, step: int, evaluation_due: bool = False, wandb_project: str = ""):
         path = run / "metrics.jsonl"
-        # Not buffered: what a full disk did not take is kept here and written with the next line.
+        # Unbuffered: lines that a full disk rejects stay in `pending` and are written with the next one.
         self.file = path.open("ab", buffering=0)
         self.pending = b""
-        self.lock = Lock()  # `sync` is called from another thread
+        self.lock = Lock()  # `sync` runs in the checkpoint thread
         os.truncate(path, _kept_bytes(path, step, evaluation_due))
         self.tensorboard = None
         if importlib.util.find_spec("tensorboard"):
@@ -45,33 +48,33 @@ class MetricsLog:
 
             self.wandb = wandb.init(project=wandb_project, name=run.name, config=settings, resume="allow")
 
-    def write(self, figures: dict[str, float | int]) -> None:
-        """Write one line; `figures` holds `step` and what was measured there. What is not finite becomes null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+    def write(self, metrics: dict[str, float | int]) -> None:
+        """Write one line: `step` and the metrics measured there. Non-finite values become null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         waiting = self.pending
         try:
             self._flush(json.dumps(finite).encode() + b"\n")
         except OSError as error:
             if not waiting:
-                tqdm.write(f"warning: {error}; lines are kept until there is room", file=sys.stderr)
-        values = {name: value for name, value in figures.items() if name != "step"}
+                tqdm.write(f"warning: {error}; lines are kept in memory until there is room", file=sys.stderr)
+        values = {name: value for name, value in metrics.items() if name != "step"}
         if self.tensorboard:
             try:
                 for name, value in values.items():
-                    self.tensorboard.add_scalar(name, value, figures["step"])
+                    self.tensorboard.add_scalar(name, value, metrics["step"])
             except OSError as error:
                 tqdm.write(f"warning: TensorBoard: {error}; its files end here", file=sys.stderr)
                 self.tensorboard = None
         if self.wandb:
-            self.wandb.log(values, step=figures["step"])
+            self.wandb.log(values, step=metrics["step"])
 
     def sync(self) -> None:
-        """Have the disk hold every line. Raises OSError where it does not take them."""
+        """Flush every line to disk. Raises OSError if the disk rejects them."""
         self._flush()
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Raises OSError where the disk did not take the last lines."""
+        """Raises OSError if the disk rejects the last lines."""
         self._flush()
         self.file.close()
         if self.tensorboard:
@@ -90,25 +93,54 @@ class MetricsLog:
 
 
 def _kept_bytes(path: Path, step: int, evaluation_due: bool) -> int:
-    """How long the file is up to the last line to be kept. Lines stand in the order of their steps."""
+    """The file's length up to the last line to keep. Lines are in the order of their steps."""
     kept = position = first_cut = newest = 0
     for number, line in enumerate(path.open("rb"), start=1):
         position += len(line)
-        figures = parsed_line(line) or {"step": math.inf}
-        late = figures["step"] > step or (figures["step"] == step and evaluation_due and "val_loss" in figures)
-        if late or figures["step"] < newest:
+        metrics = parsed_line(line) or {"step": math.inf}
+        late = metrics["step"] > step or (metrics["step"] == step and evaluation_due and "val_loss" in metrics)
+        if late or metrics["step"] < newest:
             first_cut = first_cut or number
         elif first_cut:
-            raise UserError(f"{path}, line {first_cut}, is damaged or out of order; mend it, or move the file away")
+            raise UserError(f"{path}, line {first_cut}, is damaged or out of order; repair it, or move the file away")
         else:
-            kept, newest = position, figures["step"]
+            kept, newest = position, metrics["step"]
     return kept
 
 
 def parsed_line(line: bytes) -> dict | None:
-    """The figures of a whole line, or None."""
+    """A line's metrics, or None if it is torn or not ours."""
     try:
-        figures = json.loads(line.decode()) if line.endswith(b"\n") else None
+        metrics = json.loads(line.decode()) if line.endswith(b"\n") else None
     except (ValueError, RecursionError):
         return None
-    return figures if isinstance(figures, dict) and type(figures.get("step")) is int else None
+    return metrics if isinstance(metrics, dict) and type(metrics.get("step")) is int else None
+
+
+class Speed:
+    """Measures tokens per second and model FLOPs utilisation, evaluations and checkpoints excluded.
+
+    Args:
+        step: where the run stands.
+        flops_per_token: of a forward and a backward pass.
+        peak_flops: of all devices together, FLOP/s; None: unknown.
+    """
+
+    def __init__(self, step: int, tokens_per_step: int, flops_per_token: int, peak_flops: float | None):
+        self.began, self.step, self.tokens_per_step = time.perf_counter(), step, tokens_per_step
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        paused = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - paused
+
+    def measure(self, step: int) -> dict[str, float]:
+        """tokens_per_sec since the last call, and mfu where the peak is known (PaLM, appendix B)."""
+        now = time.perf_counter()
+        rate = (step - self.step) * self.tokens_per_step / (now - self.began)
+        self.began, self.step = now, step
+        return {"tokens_per_sec": rate} | (
+            {"mfu": rate * self.flops_per_token / self.peak_flops} if self.peak_flops else {}
+        )

@@ -8,13 +8,15 @@ from torch import Tensor
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
-    """Matrices (embeddings among them) decay; biases and LayerNorm parameters do not.
+    """Weight decay for matrices and embeddings; none for biases and LayerNorm parameters.
+
+    Decay pulls a weight towards 0, which regularises a matrix but would only shrink a LayerNorm's gain.
 
     Args:
-        muon: put the matrices of the blocks in a group of their own, marked `muon`.
+        muon: put the matrices of the blocks into a group of their own, marked `muon`.
 
     Raises:
-        AssertionError: if a parameter is not in exactly one group.
+        AssertionError: a parameter is not in exactly one group.
     """
     named = list(model.named_parameters())
     blocks = [p for name, p in named if muon and name.startswith("h.") and p.dim() == 2]
@@ -36,8 +38,8 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """ "adamw" (Loshchilov and Hutter, 2019) as one fused kernel, or "muon"; eps 1e-8.
 
-    Where its attribute `found_inf`, a float32 scalar on the device, is 1, a step changes nothing (but on MPS,
-    whose kernel does not look at it). torch.amp.GradScaler has the same agreement with fused optimizers.
+    A step with the attribute `found_inf` (a float32 scalar on the device) at 1 changes nothing, except on MPS, whose
+    kernel ignores it. torch.amp.GradScaler uses the same convention with fused optimizers.
     """
     groups = parameter_groups(model, weight_decay, name == "muon")
     kind = Muon if name == "muon" else torch.optim.AdamW
@@ -45,7 +47,7 @@ def make_optimizer(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> bool:
-    """Load a state_dict; whether it has all that each parameter has after the first step."""
+    """Load a state_dict. Returns whether it has the state of every parameter, in its shape."""
     try:
         optimizer.load_state_dict(state)
         for group in optimizer.param_groups:
@@ -62,11 +64,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> bool:
 class Muon(torch.optim.AdamW):
     """Muon for the groups marked `muon`, AdamW for the others.
 
-    The momentum of a matrix's gradient, made nearly orthogonal, is its update (Jordan et al., "Muon: An
-    optimizer for hidden layers in neural networks", 2024), scaled to the size of AdamW's so that both share a
-    learning rate (Liu et al., "Muon is Scalable for LLM Training", 2025, section 2.2). torch.optim.Muon does
-    it matrix by matrix in bfloat16, which takes seconds a step on a CPU without AMX; here all matrices of a
-    shape go through one batched product, in bfloat16 on CUDA only.
+    A matrix is updated by its gradient's momentum, orthogonalised (Jordan et al., "Muon: An optimizer for hidden
+    layers in neural networks", 2024) and scaled to the RMS of an AdamW update, so that both share a learning rate (Liu
+    et al., "Muon is Scalable for LLM Training", 2025, section 2.2). torch.optim.Muon works matrix by matrix in
+    bfloat16, which takes seconds per step on a CPU without AMX; here all matrices of one shape are batched, in
+    bfloat16 on CUDA only.
     """
 
     @torch.no_grad()
@@ -87,43 +89,43 @@ class Muon(torch.optim.AdamW):
         """Update matrices of one shape (rows, columns)."""
         for p in params:
             if not self.state[p]:
-                # The step is not used; AdamW's load_state_dict looks for one in every state.
+                # `step` is unused, but AdamW.load_state_dict expects one in every state.
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
-        buffers = [own_share(self.state[p]["momentum"]) for p in params]
-        grads, old = torch.stack([own_share(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
+        buffers = [to_local(self.state[p]["momentum"]) for p in params]
+        grads, old = torch.stack([to_local(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
-            grads = torch.where(found_inf > 0, old, grads)  # between equal ones nothing moves
+            grads = torch.where(found_inf > 0, old, grads)  # interpolating between equals changes nothing
         new = old.lerp(grads, 1 - momentum)
         torch._foreach_copy_(buffers, list(new.unbind()))
         update = grads.lerp(new, momentum)  # Nesterov's momentum
-        if hasattr(params[0], "to_local"):  # each process orthogonalises the whole matrices and keeps its share
+        if hasattr(params[0], "to_local"):  # sharded: every rank orthogonalises the full matrices and keeps its shard
             from torch.distributed.tensor import DTensor, Replicate, Shard
 
-            mesh, whole = params[0].device_mesh, (len(params), *params[0].shape)
-            stride = (whole[1] * whole[2], whole[2], 1)
-            update = DTensor.from_local(update, mesh, [Shard(1)], shape=whole, stride=stride).full_tensor()
+            mesh, shape = params[0].device_mesh, (len(params), *params[0].shape)
+            stride = (shape[1] * shape[2], shape[2], 1)
+            update = DTensor.from_local(update, mesh, [Shard(1)], shape=shape, stride=stride).full_tensor()
             update = DTensor.from_local(orthogonalize(update), mesh, [Replicate()], run_check=False)
             update = update.redistribute(placements=[Shard(1)]).to_local()
         else:
             update = orthogonalize(update)
         rate = group["lr"] if found_inf is None else group["lr"] * (1 - found_inf)
-        own = [own_share(p) for p in params]
+        own = [to_local(p) for p in params]
         torch._foreach_mul_(own, 1 - rate * group["weight_decay"])
         update *= -rate * 0.2 * max(params[0].shape) ** 0.5
         torch._foreach_add_(own, list(update.unbind()))
 
 
-def own_share(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: all, or its share of the rows where it is a DTensor.
+def to_local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is.
 
-    These are told by their methods here and elsewhere: importing torch.distributed.tensor takes a second.
+    DTensors are recognised by their methods, here and elsewhere: importing torch.distributed.tensor takes a second.
     """
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) with their singular values brought near 1, between about 0.7 and 1.2.
+    """Push the singular values of matrices (n, rows, columns) towards 1, into about 0.7 to 1.2.
 
     Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. (2024).
     """
@@ -140,11 +142,11 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def learning_rate_at(
     step: int, *, schedule: str, max_steps: int, warmup_steps: int, learning_rate: float, min_learning_rate: float
 ) -> float:
-    """The learning rate of a step, counted from 0: a pure function.
+    """The learning rate of a step, counted from 0.
 
-    It rises linearly over `warmup_steps`, then falls to `min_learning_rate` at `max_steps`: along half a
-    cosine ("cosine"), a straight line ("linear"), or level until the last fifth of the run and then a
-    straight line ("wsd": warm-up, stable, decay; Hu et al., MiniCPM, 2024, section 4).
+    Rises linearly over `warmup_steps`, then falls to `min_learning_rate` at `max_steps`: along half a cosine
+    ("cosine"), linearly ("linear"), or constant until the last fifth of the run and then linearly ("wsd": warm-up,
+    stable, decay; Hu et al., MiniCPM, 2024, section 4).
     """
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps

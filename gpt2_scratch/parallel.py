@@ -1,8 +1,8 @@
-"""Several processes that train one model: whole in each ("ddp"), or each with a share of it ("zero2", "fsdp")."""
+"""One model on several processes: a copy in each (DDP), or a shard in each (ZeRO stage 2, FSDP)."""
 
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,93 +11,180 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from gpt2_scratch.config import TrainConfig
+from gpt2_scratch.cpu.cross_entropy import lean_cross_entropy
+from gpt2_scratch.distributed import Runtime, all_gather
 from model import GPT
 
 
-def shard(model: GPT, kind: str, reduce_dtype: torch.dtype) -> None:
-    """Leave each process a share of every parameter, and with that of its gradient and optimizer state (FSDP2).
+class Loss(nn.Module):
+    """The model's loss without its logits: compiled, it makes no gradient of zeros for logits that go unused."""
 
-    A block's weights are gathered for its forward pass, and kept until its backward pass ("zero2": Rajbhandari et
-    al., ZeRO, 2020, P_os+g) or gathered again for that ("fsdp": P_os+g+p).
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        return self.model(idx, targets)[1]
+
+
+class LossFunction:
+    """The model's loss as training computes it: in the training dtype, compiled, with gradients reduced over ranks.
 
     Args:
-        reduce_dtype: of gradients on their way between processes.
+        forward: `Loss`, compiled or not; what evaluation uses.
+        ddp: the same inside DistributedDataParallel, if that is in use.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        forward: nn.Module,
+        ddp: DistributedDataParallel | None,
+        autocast: AbstractContextManager,
+        parallel: str,
+    ):
+        self.model, self.forward, self.ddp, self.autocast, self.parallel = model, forward, ddp, autocast, parallel
+
+    @property
+    def compiled(self) -> bool:
+        return not isinstance(self.forward, Loss)
+
+    def __call__(self, inputs: Tensor, targets: Tensor, sync: bool = True) -> Tensor:
+        """The mean loss in nats per token, of inputs and targets (B, T).
+
+        Args:
+            sync: reduce gradients over the ranks in the backward pass; without, they add up locally.
+        """
+        forward = self.forward
+        if is_sharded(self.model):
+            self.model.set_requires_gradient_sync(sync)
+            self.model.set_reshard_after_backward(sync or self.parallel == "fsdp")
+        elif self.ddp is not None and torch.is_grad_enabled():
+            forward = self.ddp
+            self.ddp.require_backward_grad_sync = sync  # what DDP.no_sync() sets
+        with self.autocast:
+            return forward(inputs, targets)
+
+
+def wrap(model: GPT, cfg: TrainConfig, batch_size: int, dtype: torch.dtype, rt: Runtime) -> LossFunction:
+    """Compile the loss of a model if `cfg.compile` is set and a compiler works, and put it into DDP if that is in use.
+
+    (ZeRO and FSDP shard parameters in place, before the optimizer is made: `shard`.) The compiled module goes inside
+    DDP, which then splits the graph at its buckets, so that gradients travel during the backward pass. Either every
+    rank compiles or none does: one without a compiler would leave the others waiting.
+    """
+    autocast = autocast_to(dtype, rt.device)
+
+    def build(forward: nn.Module) -> LossFunction:
+        use_ddp = rt.world_size > 1 and cfg.parallel == "ddp"
+        ddp = wrap_ddp(forward, getattr(torch, cfg.reduce_dtype)) if use_ddp else None
+        return LossFunction(model, forward, ddp, autocast, cfg.parallel)
+
+    failed, loss_fn, loss = False, None, None
+    if cfg.compile:
+        try:
+            loss_fn = build(torch.compile(Loss(model)))
+            loss = warm_up(loss_fn, batch_size)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # Inductor, Triton and the C++ compiler each raise their own
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+            warnings.warn(f"torch.compile does not work here; training uncompiled ({reason})", stacklevel=2)
+            torch._dynamo.reset()
+            failed = True
+    if not cfg.compile or all_gather(torch.tensor([float(failed)], device=rt.device), rt).any():
+        loss_fn = loss = None  # two DDPs at once would reduce the gradients twice
+        if rt.device.type == "cpu":
+            model.cross_entropy = lean_cross_entropy
+        loss_fn = build(Loss(model))
+        loss = warm_up(loss_fn, batch_size) if loss_fn.ddp else None
+    if loss_fn.ddp:
+        # DDP rebuilds its buckets after the first backward pass, which changes the order of summation. Do that
+        # pass here, or a resumed run would differ from an uninterrupted one in the last bit.
+        loss.backward()
+        model.zero_grad(set_to_none=False)
+    return loss_fn
+
+
+def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def warm_up(loss_fn: LossFunction, batch_size: int) -> Tensor:
+    """The loss of a micro-batch of zeros, with the strides of real batches, or torch.compile would recompile."""
+    T = loss_fn.model.config.block_size
+    batch = torch.zeros(batch_size, T + 1, dtype=torch.int64, device=loss_fn.model.wte.weight.device)
+    return loss_fn(batch[:, :-1].clamp(min=0), batch[:, 1:])
+
+
+def wrap_ddp(forward: nn.Module, reduce_dtype: torch.dtype) -> DistributedDataParallel:
+    """DistributedDataParallel, which averages gradients over the ranks, in `reduce_dtype` on the wire."""
+    ddp = DistributedDataParallel(forward, gradient_as_bucket_view=True)  # views into the buckets: no second copy
+    if reduce_dtype == torch.bfloat16:
+        # A wrapper, because DDP accepts the bare hook for NCCL only, though it works with Gloo.
+        ddp.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
+    return ddp
+
+
+def shard(model: GPT, parallel: str, reduce_dtype: torch.dtype) -> None:
+    """Shard parameters, gradients and optimizer state over the ranks, in place (FSDP2).
+
+    A block's weights are all-gathered for its forward pass, and kept until its backward pass ("zero2": Rajbhandari et
+    al., ZeRO, 2020, P_os+g) or gathered again for it ("fsdp": P_os+g+p).
+
+    Args:
+        reduce_dtype: of gradients on the wire.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(model.wte.weight.device.type, (dist.get_world_size(),))
-    # Without the cast the residual stream keeps its dtype.
+    # Casting inputs would cast the residual stream between blocks.
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for block in model.h:
-        fully_shard(block, mesh=mesh, reshard_after_forward=kind == "fsdp", mp_policy=policy)
+        fully_shard(block, mesh=mesh, reshard_after_forward=parallel == "fsdp", mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # the logits; nobody writes to them
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")  # the logits; nothing writes to them
 
 
-def replicate(forward: nn.Module, reduce_dtype: torch.dtype) -> DistributedDataParallel:
-    """The model with its gradients averaged over the processes.
-
-    DDP groups the gradients anew after its first backward pass, and with that adds them up in another order. So the
-    caller makes the first for nothing: a run that is resumed then adds up in the order of one that goes on.
-    """
-    parallel = DistributedDataParallel(forward, gradient_as_bucket_view=True)  # gradients once, not twice
-    if reduce_dtype == torch.bfloat16:
-        # Behind a function of another name: DDP takes the bare one for NCCL only, though Gloo can do it as well.
-        parallel.register_comm_hook(None, lambda state, bucket: bf16_compress_hook(state, bucket))
-    return parallel
-
-
-def rehearse(forward: nn.Module, model: GPT, batch_size: int, autocast: AbstractContextManager) -> Tensor:
-    """The loss of a micro-batch of zeros, laid out as `runtime.to_device` does: compiled code would notice else."""
-    batch = torch.zeros(batch_size, model.config.block_size + 1, dtype=torch.int64, device=model.wte.weight.device)
-    with autocast:
-        return forward(batch[:, :-1].clamp(min=0), batch[:, 1:])
-
-
-def synchronised_if(
-    last: bool, model: GPT, kind: str, replicas: DistributedDataParallel | None
-) -> AbstractContextManager:
-    """Gradients are reduced over the processes, and "zero2" gives up whole weights, in the last micro-step only."""
-    if hasattr(model, "unshard"):
-        model.set_requires_gradient_sync(last)
-        model.set_reshard_after_backward(last or kind == "fsdp")
-    return replicas.no_sync() if replicas and not last else nullcontext()
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(model, "unshard")  # importing FSDPModule to ask for it takes a second
 
 
 @contextmanager
-def whole_weights(model: GPT, kind: str) -> Iterator[None]:
-    """Within it each process has all of the weights, and can use the model without the others."""
-    blocks = list(model.h) if hasattr(model, "unshard") else []
-    for block in blocks:
+def unsharded(model: GPT, parallel: str) -> Iterator[None]:
+    """Give every rank all weights within the block, so that each can use the model without the others."""
+    if not is_sharded(model):
+        yield
+        return
+    for block in model.h:
         block.set_reshard_after_forward(False)
         block.unshard()
-    if blocks:
-        model.unshard()
+    model.unshard()
     yield
-    for block in blocks:
-        block.set_reshard_after_forward(kind == "fsdp")
+    for block in model.h:
+        block.set_reshard_after_forward(parallel == "fsdp")
         block.reshard()
-    if blocks:
-        model.reshard()
+    model.reshard()
 
 
-def gathered(value: Any, keep: bool) -> Any:
-    """A tensor of which each process has a share, whole and in host memory; likewise in nested dicts and lists.
+def full_state(state: Any, keep: bool) -> Any:
+    """A state_dict with its sharded tensors whole and in host memory. A collective: every rank must call.
 
     Args:
-        keep: whether this process wants it; every process must call, in the same order.
+        keep: whether this rank wants the result.
     """
-    if hasattr(value, "full_tensor"):
-        whole = value.detach().full_tensor()
-        return whole.cpu() if keep else None
-    if isinstance(value, dict):
-        return {key: gathered(item, keep) for key, item in value.items()}
-    return [gathered(item, keep) for item in value] if isinstance(value, list) else value
+    if hasattr(state, "full_tensor"):
+        full = state.detach().full_tensor()
+        return full.cpu() if keep else None
+    if isinstance(state, dict):
+        return {key: full_state(item, keep) for key, item in state.items()}
+    return [full_state(item, keep) for item in state] if isinstance(state, list) else state
 
 
-def distribute(optimizer: torch.optim.Optimizer) -> None:
-    """Leave each process the share of loaded optimizer state that belongs to its share of the parameters."""
+def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Shard loaded optimizer state as its parameters are sharded."""
     for p, state in optimizer.state.items():
         for key, value in state.items():
             if hasattr(p, "to_local") and isinstance(value, Tensor) and value.shape == p.shape:

@@ -35,6 +35,7 @@ TINY = [str(ROOT / "configs" / "shakespeare.toml"), "--run_name", "tiny", "--dev
 TINY += ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--total_batch_size", "512"]
 TINY += ["--max_steps", "12", "--warmup_steps", "2", "--learning_rate", "1e-2", "--log_interval", "1"]
 TINY += ["--eval_interval", "6", "--checkpoint_interval", "4", "--keep_checkpoints", "9"]
+TINY += ["--sample_interval", "0"]  # a passage takes longer than twelve such steps
 
 
 # Two workers take a file at a time, so the longest go first, or one would be alone with the last.

@@ -22,15 +22,15 @@ from gpt2_scratch import checkpoint
 from gpt2_scratch.checkpoint import (
     STATE_KEYS,
     CheckpointWriter,
-    begun_by_this_launch,
     check_plain,
+    checkpoint_problem,
     checkpoints,
-    damage,
     find_model,
+    latest_valid_checkpoint,
     load_state,
     lock_run,
     mark_launch,
-    newest_sound_checkpoint,
+    started_by_this_launch,
 )
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.tokenizer import load_tokenizer
@@ -122,7 +122,7 @@ def test_sums_are_those_of_sha256sum(tmp_path: Path) -> None:
     with (path / "tokenizer.json").open("ab") as file:
         file.write(b" ")
     assert subprocess.run(check, cwd=path, capture_output=True).returncode == 1
-    assert "tokenizer.json" in (damage(path) or "")
+    assert "tokenizer.json" in (checkpoint_problem(path) or "")
 
 
 def test_checkpoint_gives_back_model_and_state_to_the_bit(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_save_returns_before_the_disk_has_it_and_keeps_what_it_was_given(
         gate.open()
         writer.close()
     [path] = checkpoints(tmp_path)
-    assert damage(path) is None and is_of(path, 4)
+    assert checkpoint_problem(path) is None and is_of(path, 4)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
@@ -241,34 +241,34 @@ def test_any_damaged_file_is_known_and_the_checkpoint_before_is_taken(
                 file.unlink()
             else:
                 file.write_bytes(altered)
-            if damage(newest) is None:
+            if checkpoint_problem(newest) is None:
                 harmless.append(file.name)
                 assert is_of(newest, 8), "what is damaged and not known to be"
                 continue
-            assert newest_sound_checkpoint(tmp_path) == before
+            assert latest_valid_checkpoint(tmp_path) == before
             if altered is None and file.name == "SHA256SUMS":  # without it, it is no checkpoint
                 assert checkpoints(tmp_path) == [before]
             else:
                 [warning] = capsys.readouterr().err.splitlines()
                 assert str(newest) in warning and str(before) not in warning
         file.write_bytes(content)
-    assert newest_sound_checkpoint(tmp_path) == newest and is_of(newest, 8)
+    assert latest_valid_checkpoint(tmp_path) == newest and is_of(newest, 8)
     assert set(harmless) <= {"SHA256SUMS"}, "the end of its last line alone does not matter"
 
 
 def test_no_sound_checkpoint_is_an_error_and_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert newest_sound_checkpoint(tmp_path / "nowhere") is None
+    assert latest_valid_checkpoint(tmp_path / "nowhere") is None
     for path in write(tmp_path, 4, 8):
         spoil(path)
     with pytest.raises(ValueError, match=r"every checkpoint of .* is damaged"):
-        newest_sound_checkpoint(tmp_path)
+        latest_valid_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\n", b"../step_00000004/config.json\n"])
 def test_list_of_sums_that_is_none_is_damage(tmp_path: Path, content: bytes) -> None:
     [path] = write(tmp_path, 4)
     (path / "SHA256SUMS").write_bytes(content)
-    assert damage(path) is not None
+    assert checkpoint_problem(path) is not None
 
 
 def test_list_of_sums_must_name_what_a_run_continues_from(tmp_path: Path) -> None:
@@ -278,12 +278,12 @@ def test_list_of_sums_must_name_what_a_run_continues_from(tmp_path: Path) -> Non
     lines = sums.read_text().splitlines(keepends=True)
     for kept in range(len(lines)):
         sums.write_text("".join(lines[:kept]))
-        assert damage(path) is not None
+        assert checkpoint_problem(path) is not None
     for at, line in enumerate(lines):  # without it, a file could change unseen
         sums.write_text("".join([*lines[:at], f"g{line[1:]}", *lines[at + 1 :]]))
-        assert damage(path) is not None
+        assert checkpoint_problem(path) is not None
     sums.write_text("".join(lines))
-    assert damage(path) is None
+    assert checkpoint_problem(path) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", {"progress": {}}, [1, 2], {key: Path() for key in STATE_KEYS}])
@@ -312,7 +312,7 @@ def test_full_disk_costs_only_the_checkpoint_being_written(small_disk: Path, cap
             writer.wait()
             [warning] = capsys.readouterr().err.splitlines()
             assert f"no checkpoint of step {step}: " in warning and "No space left on device" in warning
-            assert names(small_disk / "checkpoints") == ["step_00000001"] and damage(first) is None
+            assert names(small_disk / "checkpoints") == ["step_00000001"] and checkpoint_problem(first) is None
             filler.unlink()
         with pytest.raises(UserError, match=f"of step {step}, could not be written"):
             writer.close()
@@ -320,7 +320,7 @@ def test_full_disk_costs_only_the_checkpoint_being_written(small_disk: Path, cap
         writer.close()
     assert step > 10 and capsys.readouterr().err == ""
     _, second = checkpoints(small_disk)
-    assert damage(second) is None and is_of(second, step + 1) and is_of(first, 1)
+    assert checkpoint_problem(second) is None and is_of(second, step + 1) and is_of(first, 1)
 
 
 def test_folder_that_cannot_be_written_costs_only_the_checkpoint(
@@ -338,7 +338,7 @@ def test_folder_that_cannot_be_written_costs_only_the_checkpoint(
             writer.close()
         assert "no checkpoint of step 8: " in capsys.readouterr().err
         [path] = checkpoints(run)
-        assert is_of(path, 4) and damage(path) is None
+        assert is_of(path, 4) and checkpoint_problem(path) is None
         subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
         writer.save(12, *weights(small_model(12)), small_state(12))
         writer.close()
@@ -377,9 +377,9 @@ def test_damaged_checkpoint_ahead_does_not_push_out_a_new_one(tmp_path: Path) ->
     four, nine = checkpoints(tmp_path)
     eight, ahead = write(tmp_path, 8, keep=1, saved_step=4)
     assert not four.exists() and ahead == nine and is_of(eight, 8)
-    assert newest_sound_checkpoint(tmp_path) == eight
+    assert latest_valid_checkpoint(tmp_path) == eight
     assert write(tmp_path, 9, keep=1, saved_step=8) == [nine]
-    assert damage(nine) is None and is_of(nine, 9)
+    assert checkpoint_problem(nine) is None and is_of(nine, 9)
 
 
 def test_leftovers_of_a_killed_writer_are_no_checkpoints_and_are_removed(tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_leftovers_of_a_killed_writer_are_no_checkpoints_and_are_removed(tmp_pat
     eight.rename(eight.with_name(".step_00000008"))  # killed just before it took its place, or when it was too old
     (tmp_path / "checkpoints" / ".step_00000006").mkdir()
     assert checkpoints(tmp_path) == [four]
-    assert newest_sound_checkpoint(tmp_path) == four
+    assert latest_valid_checkpoint(tmp_path) == four
     with CheckpointWriter(tmp_path, TOKENIZER, 9, tmp_path / "checkpoints" / "step_00000004"):
         assert names(tmp_path / "checkpoints") == ["step_00000004"]
     assert write(tmp_path, 8, saved_step=4) == [four, eight] and is_of(eight, 8)
@@ -403,7 +403,7 @@ def test_folders_without_sums_or_with_other_names_are_no_checkpoints(tmp_path: P
 
 def test_steps_of_more_than_eight_digits_sort_by_number(tmp_path: Path) -> None:
     assert [path.name for path in write(tmp_path, 99999999, 100000000)] == ["step_99999999", "step_100000000"]
-    assert newest_sound_checkpoint(tmp_path).name == "step_100000000"
+    assert latest_valid_checkpoint(tmp_path).name == "step_100000000"
     assert [path.name for path in write(tmp_path, 100000001, keep=1)] == ["step_100000001"]
 
 
@@ -463,26 +463,26 @@ def test_leaving_the_writer_waits_for_what_it_writes(tmp_path: Path, monkeypatch
         threading.Timer(0.1, gate.open).start()
         raise ZeroDivisionError
     [path] = checkpoints(tmp_path)
-    assert damage(path) is None and is_of(path, 4)
+    assert checkpoint_problem(path) is None and is_of(path, 4)
 
 
-def test_run_is_begun_by_this_launch_only_under_the_same_torchrun(
+def test_run_is_started_by_this_launch_only_under_the_same_torchrun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert not begun_by_this_launch(tmp_path)
+    assert not started_by_this_launch(tmp_path)
     mark_launch(tmp_path)
-    assert not begun_by_this_launch(tmp_path), "without torchrun nothing tells launches apart"
+    assert not started_by_this_launch(tmp_path), "without torchrun nothing tells launches apart"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    assert not begun_by_this_launch(tmp_path) and not begun_by_this_launch(tmp_path / "nowhere")
+    assert not started_by_this_launch(tmp_path) and not started_by_this_launch(tmp_path / "nowhere")
     mark_launch(tmp_path)
-    assert begun_by_this_launch(tmp_path)
+    assert started_by_this_launch(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "two")
-    assert not begun_by_this_launch(tmp_path)
+    assert not started_by_this_launch(tmp_path)
     mark_launch(tmp_path)
-    assert begun_by_this_launch(tmp_path), "what was begun by one can be taken over by another"
+    assert started_by_this_launch(tmp_path), "what was begun by one can be taken over by another"
     monkeypatch.setattr(os, "getppid", lambda: 1)
-    assert not begun_by_this_launch(tmp_path), "another torchrun, whose id is the default one perhaps"
+    assert not started_by_this_launch(tmp_path), "another torchrun, whose id is the default one perhaps"
 
 
 # What a checkpoint can hold.

@@ -24,10 +24,10 @@ from gpt2_scratch.dataset import (
     evaluation_batches,
     open_shard,
     permute,
+    to_device,
     training_batches,
     write_shards,
 )
-from gpt2_scratch.device import to_device
 
 QUICK = settings(max_examples=50)
 
@@ -156,7 +156,7 @@ def test_verify_false_reads_the_shards_unchecked(tmp_path: Path) -> None:
     write_folder(tmp_path, val=[list(range(40))])
     overwrite(1024, b"\x05")(tmp_path)
     dataset = TokenDataset(tmp_path, "val", block_size=8, verify=False)
-    assert dataset.windows(np.array([0])).tolist() == [[5, *range(1, 9)]]
+    assert dataset.sequences(np.array([0])).tolist() == [[5, *range(1, 9)]]
 
 
 @pytest.mark.parametrize(("tokens", "enough"), [(0, False), (1, False), (8, False), (9, True)])
@@ -233,8 +233,8 @@ def test_windows_share_one_token_with_the_next(
             wanted.append(shard[at : at + block_size + 1])
             at += block_size
     assert len(dataset) == len(wanted)
-    assert dataset.windows(np.arange(len(dataset))).tolist() == wanted
-    assert dataset.windows(np.arange(len(dataset))[::-1]).tolist() == wanted[::-1]
+    assert dataset.sequences(np.arange(len(dataset))).tolist() == wanted
+    assert dataset.sequences(np.arange(len(dataset))[::-1]).tolist() == wanted[::-1]
 
 
 SEEDS = st.integers(0, 2**63)
@@ -272,7 +272,7 @@ def test_permute_shuffles_well() -> None:
 def take(dataset: TokenDataset, steps: int, **where: int) -> list[list[list[int]]]:
     """The first steps of one process, each a list of windows."""
     batches = training_batches(dataset, **where)
-    micro_steps = where["step_windows"] // where["world_size"] // where["batch_size"]
+    micro_steps = where["sequences_per_step"] // where["world_size"] // where["batch_size"]
     taken = []
     for _ in range(steps):
         micro = [next(batches) for _ in range(micro_steps)]
@@ -281,27 +281,39 @@ def take(dataset: TokenDataset, steps: int, **where: int) -> list[list[list[int]
     return taken
 
 
-@given(lengths=LENGTHS, block_size=BLOCK_SIZES, seed=SEEDS, step_windows=st.integers(1, 7))
+@given(lengths=LENGTHS, block_size=BLOCK_SIZES, seed=SEEDS, sequences_per_step=st.integers(1, 7))
 @QUICK
 def test_an_epoch_sees_each_window_once(
-    make: Callable[[list[int], int], TokenDataset], lengths: list[int], block_size: int, seed: int, step_windows: int
+    make: Callable[[list[int], int], TokenDataset],
+    lengths: list[int],
+    block_size: int,
+    seed: int,
+    sequences_per_step: int,
 ) -> None:
     dataset = make(lengths, block_size)
     n = len(dataset)
     batches = training_batches(
-        dataset, seed=seed, consumed=0, step_windows=step_windows, batch_size=step_windows, rank=0, world_size=1
+        dataset,
+        seed=seed,
+        consumed=0,
+        sequences_per_step=sequences_per_step,
+        batch_size=sequences_per_step,
+        rank=0,
+        world_size=1,
     )
     seen = [
-        tuple(window) for batch in itertools.islice(batches, -(-3 * n // step_windows)) for window in batch.tolist()
+        tuple(window)
+        for batch in itertools.islice(batches, -(-3 * n // sequences_per_step))
+        for window in batch.tolist()
     ]
-    every = Counter(map(tuple, dataset.windows(np.arange(n)).tolist()))
+    every = Counter(map(tuple, dataset.sequences(np.arange(n)).tolist()))
     for epoch in range(3):
         assert Counter(seen[epoch * n : (epoch + 1) * n]) == every
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(make: Callable[[list[int], int], TokenDataset]) -> None:
     dataset = make([401], 4)
-    where = {"consumed": 0, "step_windows": 100, "batch_size": 100, "rank": 0, "world_size": 1}
+    where = {"consumed": 0, "sequences_per_step": 100, "batch_size": 100, "rank": 0, "world_size": 1}
     orders = [*take(dataset, 2, seed=1, **where), *take(dataset, 1, seed=2, **where)]
     assert all(a != b for a, b in itertools.combinations(orders, 2))
 
@@ -325,12 +337,19 @@ def test_the_order_does_not_depend_on_processes_batch_size_or_start(
     micro_steps: int,
 ) -> None:
     dataset = make(lengths, block_size)
-    step_windows = world_size * batch_size * micro_steps
+    sequences_per_step = world_size * batch_size * micro_steps
     whole = take(
-        dataset, consumed + 2 * step_windows, seed=5, consumed=0, step_windows=1, batch_size=1, rank=0, world_size=1
+        dataset,
+        consumed + 2 * sequences_per_step,
+        seed=5,
+        consumed=0,
+        sequences_per_step=1,
+        batch_size=1,
+        rank=0,
+        world_size=1,
     )
     wanted = [window for step in whole for window in step][consumed:]
-    where = {"seed": 5, "consumed": consumed, "step_windows": step_windows, "batch_size": batch_size}
+    where = {"seed": 5, "consumed": consumed, "sequences_per_step": sequences_per_step, "batch_size": batch_size}
     ranks = [take(dataset, 2, rank=rank, world_size=world_size, **where) for rank in range(world_size)]
     assert [window for step in range(2) for rank in ranks for window in rank[step]] == wanted
 
@@ -388,7 +407,7 @@ def test_evaluation_stops_at_max_tokens_on_the_same_ones(
 ) -> None:
     dataset = make(lengths, block_size)
     windows = min(len(dataset), -(-max_tokens // block_size))
-    wanted = dataset.windows(np.arange(windows))[:, 1:].ravel().tolist()
+    wanted = dataset.sequences(np.arange(windows))[:, 1:].ravel().tolist()
     assert sorted(predicted(dataset, batch_size, max_tokens, world_size)) == wanted
 
 
@@ -432,7 +451,7 @@ def test_a_shard_that_changes_under_a_run_is_noticed(tmp_path: Path, ids: list[i
     dataset = TokenDataset(folder, "train", 4)
     (folder / "train_000000.bin").write_bytes(llm_c_shard(ids))
     with pytest.raises(UserError, match=expected):
-        dataset.windows(np.array([0]))
+        dataset.sequences(np.array([0]))
 
 
 def test_shards_are_on_the_disk_before_they_are_called_finished(

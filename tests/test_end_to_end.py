@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, pipeline
 
 import bench
+from gpt2_scratch.batch_size import BatchPlan, largest_batch, plan_batch
 from gpt2_scratch.checkpoint import checkpoints, load_state
 from gpt2_scratch.cli import UserError, run_script
 from gpt2_scratch.config import parse_config
 from gpt2_scratch.distributed import place_in_group
 from model import GPT, GPTConfig
 from sample import parse_args, sample
-from train import largest_batch, split_batch, train
+from train import train
 
 
 def metrics(run: str) -> list[dict]:
@@ -183,6 +184,7 @@ DRIVER = """
 import json, os, shutil
 from pathlib import Path
 from gpt2_scratch.checkpoint import checkpoints
+from gpt2_scratch.batch_size import BatchPlan, largest_batch, plan_batch
 from gpt2_scratch.config import parse_config
 from train import train
 
@@ -267,8 +269,9 @@ def test_gradients_reduced_in_bfloat16_differ_in_rounding_only(parallel: str) ->
 @pytest.mark.parametrize("world_size", [1, 2, 8, 64])
 def test_published_recipes_split_over_any_number_of_gpus(world_size: int) -> None:
     for path in sorted((ROOT / "configs").glob("gpt2_*.toml")):
-        windows, batch_size, steps = split_batch(parse_config([str(path)]), 1024, world_size)
-        assert windows == batch_size * steps * world_size == 512
+        config = parse_config([str(path)])
+        plan = plan_batch(config.total_batch_size, config.batch_size, 1024, world_size)
+        assert plan.sequences == plan.batch_size * plan.accumulation_steps * world_size == 512
 
 
 @given(share=st.integers(1, 600), one=st.integers(1, 100), each=st.integers(1, 100), room=st.integers(0, 9999))
@@ -285,25 +288,24 @@ def test_auto_batch_size_trains_on_cuda(workplace: Path) -> None:
     run_tiny("--device", "cuda", "--batch_size", "auto", "--max_steps", "2")
 
 
-def test_tokens_that_are_no_whole_windows_are_refused(workplace: Path) -> None:
-    with pytest.raises(UserError, match="500 does not divide into windows of 32 tokens; 512 does"):
+def test_tokens_that_are_no_whole_sequences_are_refused(workplace: Path) -> None:
+    with pytest.raises(UserError, match="500 does not divide into sequences of 32 tokens; 512 does"):
         run_tiny("--total_batch_size", "500")
     assert not Path("out/tiny").exists()
 
 
 def test_batch_size_is_the_most_that_divides_a_share() -> None:
     """So that a resumed run needs no other total_batch_size on another number of processes."""
-    config = parse_config([*TINY, "--total_batch_size", "384", "--batch_size", "2"])  # 12 windows
-    assert [split_batch(config, 32, n) for n in (1, 2, 3, 4, 6)] == [
-        (12, 2, 6),
-        (12, 2, 3),
-        (12, 2, 2),
-        (12, 1, 3),
-        (12, 2, 1),
+    assert [plan_batch(384, 2, 32, n) for n in (1, 2, 3, 4, 6)] == [  # 12 sequences
+        BatchPlan(12, 2, 6),
+        BatchPlan(12, 2, 3),
+        BatchPlan(12, 2, 2),
+        BatchPlan(12, 1, 3),
+        BatchPlan(12, 2, 1),
     ]
-    assert split_batch(parse_config([*TINY, "--batch_size", "7"]), 32, 1) == (16, 4, 4)
-    with pytest.raises(UserError, match=r"12 windows of 32 tokens, .* 5 processes; 4 or 6 processes can share them"):
-        split_batch(config, 32, 5)
+    assert plan_batch(512, 7, 32, 1) == BatchPlan(16, 4, 4)
+    with pytest.raises(UserError, match=r"12 sequences of 32 tokens, .* 5 processes; 4 or 6 processes can share them"):
+        plan_batch(384, 2, 32, 5)
 
 
 def test_weights_that_are_no_numbers_are_named_before_training(workplace: Path) -> None:

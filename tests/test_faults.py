@@ -19,7 +19,7 @@ from soak_kill import soak
 from test_end_to_end import curve, metrics, run_tiny
 
 import train as training
-from gpt2_scratch.checkpoint import CheckpointWriter, checkpoints, damage, load_state
+from gpt2_scratch.checkpoint import CheckpointWriter, checkpoint_problem, checkpoints, load_state
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.metrics import MetricsLog
 from model import GPT, Block
@@ -340,7 +340,7 @@ def test_full_disk_at_the_end_is_an_error(workplace: Path, small_disk: Path, mon
     monkeypatch.setattr(MetricsLog, "write", write)
     with pytest.raises(UserError, match="step 12, could not be written"):
         run_tiny("--resume")
-    assert damage(newest("tiny")) is None and newest("tiny").name == "step_00000004"
+    assert checkpoint_problem(newest("tiny")) is None and newest("tiny").name == "step_00000004"
 
 
 def processes(world_size: int, *flags: str) -> list[subprocess.Popen]:

@@ -24,7 +24,15 @@ from hypothesis import strategies as st
 
 import model as model_module
 import train as train_module
-from gpt2_scratch.checkpoint import STATE_FILE, STATE_KEYS, SUMS_FILE, CheckpointWriter, checkpoints, damage, load_state
+from gpt2_scratch.checkpoint import (
+    STATE_FILE,
+    STATE_KEYS,
+    SUMS_FILE,
+    CheckpointWriter,
+    checkpoint_problem,
+    checkpoints,
+    load_state,
+)
 from gpt2_scratch.config import TrainConfig, parse_config
 from gpt2_scratch.dataset import TokenDataset, open_shard, write_shards
 from gpt2_scratch.distributed import Runtime
@@ -222,7 +230,7 @@ def test_no_id_outside_the_vocabulary_is_handed_out_of_an_unverified_shard(
     path = write_data(folder, mutated, VOCAB_SIZES[magic], 100, "")
     try:
         dataset = TokenDataset(folder, "train", 8, verify=False)
-        handed_out = [*dataset.windows(np.arange(len(dataset))), *dataset.tails()]
+        handed_out = [*dataset.sequences(np.arange(len(dataset))), *dataset.tails()]
     except (ValueError, OSError) as error:
         assert_clear(error, path)
     else:
@@ -260,7 +268,7 @@ def test_an_odd_header_is_refused_even_with_the_right_sum_or_read_as_it_says(
     kind = FORMATS.get(struct.unpack_from("<2i", content))
     try:
         dataset = TokenDataset(folder, "train", 8, verify=verify)
-        windows = dataset.windows(np.arange(len(dataset)))
+        windows = dataset.sequences(np.arange(len(dataset)))
     except (ValueError, OSError) as error:
         assert_clear(error, path, f"the train split of {folder} has {count} tokens")
     else:
@@ -521,9 +529,9 @@ def replaced(path: Path, content: bytes) -> Iterator[None]:
 def test_damage_to_any_file_of_a_checkpoint_is_found(newest: Path, data: st.DataObject, name: str) -> None:
     content = (newest / name).read_bytes()
     mutated = data.draw(mutations(content))
-    assert sorted(FILES) == sorted(path.name for path in newest.iterdir()) and damage(newest) is None
+    assert sorted(FILES) == sorted(path.name for path in newest.iterdir()) and checkpoint_problem(newest) is None
     with replaced(newest / name, mutated):
-        problem = damage(newest)
+        problem = checkpoint_problem(newest)
     if problem is not None:
         assert_clear(ValueError(problem), name, SUMS_FILE, *[newest] * (name == SUMS_FILE))
     elif name == SUMS_FILE:  # fewer sums, or the same ones in another order
@@ -566,11 +574,11 @@ def test_a_resumed_run_passes_over_a_damaged_checkpoint_and_ends_the_same(
     file = f"checkpoints/step_00000004/{name}"
     mutated = data.draw(mutations((finished / "out/fuzz" / file).read_bytes()))
     with copied_run(finished, {file: mutated}) as run:
-        harmless = damage(run / "checkpoints/step_00000004") is None
+        harmless = checkpoint_problem(run / "checkpoints/step_00000004") is None
         said = resume()
         assert (f"warning: {run / 'checkpoints/step_00000004'} is damaged" in said) != harmless
         assert (run / WEIGHTS).read_bytes() == (finished / "out/fuzz" / WEIGHTS).read_bytes()
-        assert all(damage(path) is None for path in checkpoints(run)), "the damaged one was written anew"
+        assert all(checkpoint_problem(path) is None for path in checkpoints(run)), "the damaged one was written anew"
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3, 3, 4, 5, 6, 6]
 
@@ -584,7 +592,7 @@ def test_with_every_checkpoint_damaged_a_run_is_refused_and_left_as_it_is(
     contents = {file: (finished / "out/fuzz" / file).read_bytes() for file in files}
     mutated = {file: data.draw(mutations(content)) for file, content in contents.items()}
     with copied_run(finished, mutated) as run:
-        assume(all(damage(path) is not None for path in checkpoints(run)))
+        assume(all(checkpoint_problem(path) is not None for path in checkpoints(run)))
         before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
         with pytest.raises(ValueError, match="every checkpoint of out/fuzz is damaged") as caught:
             resume()
@@ -655,7 +663,7 @@ def test_a_state_of_other_things_with_the_right_sum_is_a_clear_error(
     assume(not (isinstance(value, dict) and value.keys() >= STATE_KEYS))
     with replaced(newest / STATE_FILE, content), replaced(newest / SUMS_FILE, b""):
         sum_again(newest)
-        assert damage(newest) is None
+        assert checkpoint_problem(newest) is None
         with pytest.raises(ValueError) as caught:
             load_state(newest)
         assert_clear(caught.value, newest / STATE_FILE)

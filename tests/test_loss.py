@@ -1,7 +1,6 @@
 """The lean cross-entropy of training on a CPU, against torch's own in float64; what is compiled for training."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -11,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gpt2_scratch import loss
 from gpt2_scratch.config import TrainConfig
-from gpt2_scratch.device import to_device
+from gpt2_scratch.cpu import cross_entropy as lean
+from gpt2_scratch.cpu.cross_entropy import lean_cross_entropy
+from gpt2_scratch.dataset import to_device
 from gpt2_scratch.distributed import Runtime
-from gpt2_scratch.loss import lean_cross_entropy
+from gpt2_scratch.parallel import wrap
 from model import GPT, GPTConfig
-from train import ready
 
 
 @given(
@@ -34,7 +33,7 @@ def test_loss_and_gradient_are_those_of_float64(n: int, vocab_size: int, chunk: 
     exact_logits = logits.detach().double().requires_grad_()
     exact = F.cross_entropy(exact_logits, targets, ignore_index=-1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "CHUNK", chunk)
+        patch.setattr(lean, "CHUNK", chunk)
         ours = lean_cross_entropy(logits, targets)
         (3 * ours).backward()
     (3 * exact).backward()
@@ -86,12 +85,12 @@ def test_training_goes_on_with_what_was_compiled_at_its_start(monkeypatch: pytes
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     device = torch.device("cpu")
     model = GPT(GPTConfig(block_size=16, vocab_size=97, n_layer=1, n_head=2, n_embd=32))
-    forward, replicas = ready(TrainConfig(), model, 2, nullcontext(), Runtime(device))
-    assert replicas is None
+    loss_fn = wrap(model, TrainConfig(), 2, torch.float32, Runtime(device))
+    assert loss_fn.compiled and loss_fn.ddp is None
     (graph,) = graphs
     assert len(graph.graph.output_node().args[0]) == 1  # the loss: logits would have a gradient
     batches = iter([np.random.default_rng(0).integers(97, size=(2, 17))])
     for inputs, targets in to_device(batches, device):
-        value = forward(inputs, targets)
+        value = loss_fn(inputs, targets)
         assert value.item() == model(inputs, targets)[1].item()
     assert len(graphs) == 1

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
-from gpt2_scratch.checkpoint import checkpoints, damage, step_of
+from gpt2_scratch.checkpoint import checkpoint_problem, checkpoints, step_of
 from gpt2_scratch.dataset import write_shards
 from gpt2_scratch.tokenizer import load_tokenizer
 
@@ -229,7 +229,9 @@ def test_the_newest_valid_checkpoint_of_any_node_is_gone_on_with(nodes: list[Pat
     assert weights(nodes[0] / "out" / name) == weights(nodes[0] / "out" / "same")
     assert curve(nodes[0], name) == curve(nodes[0], "same"), "the lines of metrics come along"
     newest = [path for node in nodes for path in checkpoints(node / "out" / name) if step_of(path) >= 8]
-    assert len(newest) >= 3 and all(damage(path) is None for path in newest), "what was handed over is whole"
+    assert len(newest) >= 3 and all(checkpoint_problem(path) is None for path in newest), (
+        "what was handed over is whole"
+    )
 
 
 def test_weights_that_are_damaged_on_one_node_are_not_mixed_in(nodes: list[Path]) -> None:

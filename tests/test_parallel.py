@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gpt2_scratch.optim import make_optimizer
-from gpt2_scratch.parallel import distribute, gathered, shard, whole_weights
+from gpt2_scratch.parallel import full_state, shard, shard_optimizer_state, unsharded
 from model import GPT, GPTConfig
 
 CONFIG = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=18)  # 18 rows: not a multiple of 4
@@ -42,13 +42,13 @@ def in_each_process(rank: int, world_size: int, port: int, folder: Path) -> None
         value.to_local().numel() for state in optimizer.state.values() for value in state.values() if value.dim()
     )
 
-    with whole_weights(model, "fsdp"):
+    with unsharded(model, "fsdp"):
         if rank == 0:  # alone: without the others it could gather nothing
             logits = model(IDX[:, :-1])[0]
             torch.testing.assert_close(logits, alone(IDX[:, :-1])[0], atol=1e-5, rtol=1e-5)
     assert held(model) == own, "the shares are back"
 
-    weights, state = gathered(model.state_dict(), rank == 0), gathered(optimizer.state_dict(), rank == 0)
+    weights, state = full_state(model.state_dict(), rank == 0), full_state(optimizer.state_dict(), rank == 0)
     if rank == 0:
         torch.testing.assert_close(weights, dict(alone.state_dict()), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(state, optimizer_alone.state_dict(), atol=1e-5, rtol=1e-5)
@@ -58,7 +58,7 @@ def in_each_process(rank: int, world_size: int, port: int, folder: Path) -> None
     dist.broadcast_object_list(states)
     again = make_optimizer(model, "muon", 1e-2, 0.1, 0.9, 0.95)
     again.load_state_dict(states[0])
-    distribute(again)
+    shard_optimizer_state(again)
     for p, values in optimizer.state.items():
         for key, value in values.items():
             loaded = again.state[p][key]
@@ -74,7 +74,9 @@ def test_each_process_holds_its_share(tmp_path: Path) -> None:
     method = "spawn"
     if "forkserver" in torch.multiprocessing.get_all_start_methods():
         method = "forkserver"  # imports once rather than in each process
-        torch.multiprocessing.set_forkserver_preload(["parallel", "torch.distributed.fsdp", "torch._dynamo"])
+        torch.multiprocessing.set_forkserver_preload(
+            ["gpt2_scratch.parallel", "torch.distributed.fsdp", "torch._dynamo"]
+        )
     torch.multiprocessing.start_processes(in_each_process, (4, port, tmp_path), nprocs=4, start_method=method)
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
     n_params = sum(p.numel() for p in GPT(CONFIG).parameters())

@@ -303,7 +303,7 @@ def test_shakespeare_is_what_training_opens(shakespeare: Path) -> None:
     meta = read_meta(shakespeare)
     assert (meta["tokenizer"], meta["vocab_size"], meta["documents"]) == ("bytes", 257, 38)
     for split in ("train", "val"):
-        window = TokenDataset(shakespeare, split, block_size=256).windows(np.array([0]))[0]
+        window = TokenDataset(shakespeare, split, block_size=256).sequences(np.array([0]))[0]
         assert window[0] == 256
         assert documents(shakespeare, split)[0].encode().startswith(bytes(window[1:].tolist()))
 
@@ -1082,7 +1082,7 @@ def test_shards_of_llmc_are_taken_unchanged(prepare: Prepare, llmc: Path) -> Non
     train = TokenDataset(data, "train", block_size=100)
     assert len(train) == 10 and len(TokenDataset(data, "val", block_size=100)) == 5
     second = read_shard(llmc / "edu_train_000002.bin")[1]
-    assert train.windows(np.array([5])).tolist() == [second[:101]]
+    assert train.sequences(np.array([5])).tolist() == [second[:101]]
 
 
 @pytest.mark.parametrize(

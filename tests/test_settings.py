@@ -24,13 +24,14 @@ from test_end_to_end import curve, metrics, run_tiny
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
+import gpt2_scratch.metrics
 import train as training
 from gpt2_scratch.checkpoint import CheckpointWriter, checkpoints, load_state
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.config import TrainConfig
 from gpt2_scratch.dataset import TokenDataset, training_batches, write_shards
-from gpt2_scratch.loss import Loss
 from gpt2_scratch.optim import learning_rate_at, orthogonalize
+from gpt2_scratch.parallel import Loss
 from model import GPT, GPTConfig
 
 Settings = dict[str, Any]
@@ -39,7 +40,7 @@ SMALL: Settings = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "t
 SMALL |= {"max_steps": 3, "warmup_steps": 0, "schedule": "linear", "learning_rate": 1e-2, "min_learning_rate": 0.0}
 SMALL |= {"optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 0.0, "seed": 1337}
 SMALL |= {"initializer_range": 0.06, "data": "data/shakespeare", "dtype": "float32"}
-SMALL |= {"eval_interval": 0, "eval_tokens": 16, "checkpoint_interval": 0}
+SMALL |= {"eval_interval": 0, "eval_tokens": 16, "checkpoint_interval": 0, "sample_interval": 0}
 FROZEN: Settings = {"learning_rate": 1e-30, "min_learning_rate": 0.0, "weight_decay": 0.0}  # weights stay as they were
 
 TESTED: dict[str, Callable] = {}  # the test of each setting
@@ -63,7 +64,7 @@ def test_every_setting_has_a_test() -> None:
 def bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without what takes most of so short a run's time."""
     monkeypatch.setitem(sys.modules, "tensorboard", None)
-    monkeypatch.setattr(training, "write_passage", lambda *_: None)
+    monkeypatch.setattr(training, "write_passage", lambda *_: "")
 
 
 def run(name: str = "run", **changed: Any) -> Path:
@@ -113,7 +114,7 @@ def plain(**changed: Any) -> dict[str, Tensor]:
         TokenDataset(s["data"], "train", s["block_size"]),
         seed=s["seed"],
         consumed=0,
-        step_windows=windows,
+        sequences_per_step=windows,
         batch_size=windows,
         rank=0,
         world_size=1,
@@ -421,6 +422,20 @@ def test_examples_of_the_file_are_scored_evenly_spread(workplace: Path) -> None:
     assert "hellaswag_acc" not in metrics("none")[-1]
 
 
+@setting("sample_interval")
+@pytest.mark.parametrize(("value", "steps"), [("eval", [2, 4]), (3, [3]), (0, [])])
+def test_passages_are_written_while_training(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, value: object, steps: list[int]
+) -> None:
+    """At the end a longer one is written anyway; they leave the run as it is."""
+    monkeypatch.setattr(training, "write_passage", lambda model, tokenizer, n=400: f"{n} tokens{torch.rand(1)}")
+    run("written", sample_interval=value, max_steps=5, eval_interval=2)
+    said = capsys.readouterr().out
+    assert [int(step) for step in re.findall(r"step (\d+): 100 tokens", said)] == steps and "\n400 tokens" in said
+    run("silent", sample_interval=0, max_steps=5, eval_interval=2)
+    assert curve("written") == curve("silent")
+
+
 @setting("wandb_project")
 def test_figures_go_to_the_project_named(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple] = []
@@ -452,7 +467,7 @@ def test_speed_is_that_of_training_alone(workplace: Path, monkeypatch: pytest.Mo
         if isinstance(module, Loss):
             now[0] += 1 if module.training else 10_000
 
-    monkeypatch.setattr(training, "time", clock)
+    monkeypatch.setattr(gpt2_scratch.metrics, "time", clock)
     monkeypatch.setattr(CheckpointWriter, "save", slow_save)
     with hooked(look):
         run(max_steps=7, eval_interval=1, checkpoint_interval=3, log_interval=2)
@@ -554,9 +569,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 import train
 from gpt2_scratch.config import parse_config
-from gpt2_scratch.loss import Loss
+from gpt2_scratch.parallel import Loss
 
-train.write_passage = lambda *_: None
+train.write_passage = lambda *_: ""
 held = {}
 
 def share(tensor):
