@@ -1,4 +1,4 @@
-"""The README's commands, as they are written there, in a fresh copy of the repository."""
+"""The commands of README.md and docs/training.md, run as written in a fresh copy of the repository."""
 
 import json
 import os
@@ -16,52 +16,50 @@ import pytest
 from gpt2_scratch.dataset import open_shard, write_shards
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="the README's commands are written for a Unix shell")
+DOCUMENTS = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/training.md")]
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the commands are written for a Unix shell")
 
 GPU, HUB = "a step of 524,288 tokens takes a GPU", "needs the Hugging Face hub"
 NOT_RUN = {
     "pip install -r requirements-dev.txt && python -m pytest": "runs this test",
-    "python train.py [CONFIG.toml] [--key value ...]": "without the optional part it is the first command",
+    "python train.py [CONFIG.toml] [--key value ...]": "the same as the first command without the optional part",
     "python prepare_data.py fineweb-edu": HUB,
-    "python train.py configs/gpt2_124m.toml --data data/shakespeare-gpt2 --run_name try": GPU,
     "python train.py configs/gpt2_124m.toml": GPU,
     "torchrun --standalone --nproc_per_node=8 train.py configs/gpt2_124m.toml": GPU,
+    "python train.py configs/gpt2_124m.toml --data data/shakespeare-gpt2 --run_name try": GPU,
+    "python train.py configs/finetune_shakespeare.toml": HUB,
+    'python sample.py --model gpt2 --prompt "Hello, I\'m a language model,"': HUB,
+    "python eval.py gpt2 --tasks wikitext2 wikitext103 lambada hellaswag hellaswag_harness": HUB,
+    "python prepare_data.py SOURCE": "stands for the sources in its table",
+    "python train.py configs/finetune_shakespeare.toml --data data/mine --run_name mine": HUB,
     "torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 --rdzv_id=gpt2 train.py "
     "configs/gpt2_124m.toml": GPU,
     "#!/bin/bash": "needs Slurm",
-    "python bench.py train --set batch_size=16,32 compile=true,false --profile trace.json": GPU,
-    'python sample.py --model gpt2 --prompt "Hello, I\'m a language model,"': HUB,
-    'python sample.py --model openai-gpt --prompt "the old man looked at"': HUB,
-    "python train.py configs/finetune_shakespeare.toml": HUB,
-    "python prepare_data.py SOURCE": "stands for the sources in the table below it",
-    "python bench.py data": "tokenizes 120 MB four times, which takes minutes",
-    "python train.py configs/finetune_shakespeare.toml --data data/mine --run_name mine": HUB,
-    "python eval.py [FOLDER_OR_NAME] --tasks wikitext2 wikitext103 lambada hellaswag hellaswag_harness": HUB,
     "torchrun --standalone --nproc_per_node=8 eval.py gpt2-xl --tasks hellaswag --output scores.json": HUB,
-    "python eval.py gpt2 --tasks ...": HUB,
-    'python sample.py --prompt "..." [--model FOLDER_OR_NAME]': "the same with a prompt is run above it",
-    "python visualize.py [FOLDER_OR_NAME] --out figures/": "the command after it draws the same pictures and more",
+    "python bench.py train --set batch_size=16,32 compile=true,false --profile trace.json": GPU,
+    "python bench.py data": "tokenizes 120 MB four times, which takes minutes",
+    "python bench.py sample": "times the 124M model, which takes minutes",
 }
 
 
 def commands() -> list[str]:
-    """Each once, in order: the lines of indented blocks, scripts and snippets of Python whole, and `python ...`."""
+    """Every command once, in order: lines of indented blocks (scripts and Python snippets whole) and `python ...`."""
     found = []
-    for block, inline in re.findall(r"((?:^    .*\n|^\n(?=    ))+)|`(python [^`]+)`", README, re.MULTILINE):
-        text = inline or re.sub(r"^    ", "", block, flags=re.MULTILINE).strip()
-        if re.match(r"#!|from |import ", text):
-            found.append(text)
-        elif not text[0].isupper():  # else it is what a model wrote
-            found += filter(None, text.splitlines())
+    for document in DOCUMENTS:
+        for block, inline in re.findall(r"((?:^    .*\n|^\n(?=    ))+)|`(python [^`]+)`", document, re.MULTILINE):
+            text = inline or re.sub(r"^    ", "", block, flags=re.MULTILINE).strip()
+            if re.match(r"#!|from |import ", text):
+                found.append(text)
+            elif not text[0].isupper():  # otherwise it is a model's output
+                found += filter(None, text.splitlines())
     return list(dict.fromkeys(found))
 
 
 RUN = [command for command in commands() if command.partition("\n")[0] not in NOT_RUN]
 
 
-def keep_a_little_to_score(clone: Path) -> None:
-    """All 540,000 held-out bytes would take half a minute."""
+def shrink_validation_data(clone: Path) -> None:
+    """Scoring all 540,000 held-out bytes would take half a minute."""
     folder = clone / "data" / "shakespeare"
     meta = json.loads((folder / "meta.json").read_text())
     (entry,) = meta["shards"]["val"]
@@ -72,17 +70,17 @@ def keep_a_little_to_score(clone: Path) -> None:
 
 def copy_runs(clone: Path) -> None:
     for name in "abc":
-        shutil.copytree(clone / "out" / "mine-bytes", clone / "out" / name)
+        shutil.copytree(clone / "out" / "shakespeare", clone / "out" / name)
 
 
 BEFORE: dict[str, Callable[[Path], None]] = {
-    "python eval.py --tasks loss --data data/shakespeare": keep_a_little_to_score,
+    "python eval.py --tasks loss --data data/shakespeare": shrink_validation_data,
     "python visualize.py out/a --out figures/ --compare out/b out/c": copy_runs,
 }
-# What the README says comes of a command: what its output shows, and the files it leaves.
-SAID: dict[str, tuple[str, str]] = {
+# What a command must print (a regular expression) and the files it must leave.
+EXPECTED: dict[str, tuple[str, str]] = {
     "pip install -r requirements.txt && python train.py": (r"--resume goes on from out/shakespeare/checkpoints/", ""),
-    'python sample.py --prompt "ROMEO:"': (r"out/shakespeare/checkpoints/step_\d+ on .*\nROMEO:", ""),
+    'python sample.py --prompt "ROMEO:" --seed 1': (r"out/shakespeare/checkpoints/step_\d+ on .*\nROMEO:", ""),
     "python train.py --help": (r"(?s)--learning_rate.*default: 0.0006.*--max_bad_steps", ""),
     "python prepare_data.py shakespeare --tokenizer gpt2": ("train tokens", "data/shakespeare-gpt2/train_000000.bin"),
     "python prepare_data.py text book.txt essays/ --name mine": ("3 documents", "data/mine/val_000000.bin"),
@@ -96,11 +94,11 @@ SAID: dict[str, tuple[str, str]] = {
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a fresh clone holds, the texts that the README speaks of, and in bin/ this Python under its usual names."""
+    """The files of a fresh clone, the texts that the README mentions, and bin/ with this Python as `python`."""
     folder = tmp_path_factory.mktemp("clone")
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
-        pytest.skip("this is no git repository, so its files are not known")
+        pytest.skip("not a git repository, so its files are unknown")
     for name in listed.stdout.splitlines():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
@@ -109,7 +107,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).write_text(f"This is {name}, and it goes on. " * 1000)
     (folder / "prompts.txt").write_text("ROMEO:\nJULIET:\n")
     (folder / "bin").mkdir()
-    # Packages are here already: .ci/run tests their installation.
+    # The packages are installed already; .ci/run tests the installation.
     programs = {"python": f'exec "{sys.executable}" "$@"', "pip": "exit 0"}
     programs["torchrun"] = f'exec "{sys.executable}" -m torch.distributed.run "$@"'
     for name, line in programs.items():
@@ -119,7 +117,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(command: str, clone: Path) -> tuple[int, str]:
-    """Exit code and output. Training is interrupted, as by Ctrl-C, once it has logged a loss."""
+    """Return exit code and output. Training is interrupted, as by Ctrl-C, once it has logged a loss."""
     path = f"{clone / 'bin'}{os.pathsep}{os.environ['PATH']}"
     process = subprocess.Popen(
         ["bash", "-c", command],
@@ -129,7 +127,7 @@ def run(command: str, clone: Path) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # a group of its own: Ctrl-C reaches the shell and what it runs
+        start_new_session=True,  # its own process group, so that Ctrl-C reaches the shell and its children
     )
     output = ""
     if trains(command):
@@ -146,11 +144,11 @@ def trains(command: str) -> bool:
 
 @pytest.mark.parametrize("command", RUN, ids=[command.splitlines()[-1] for command in RUN])
 def test_command(command: str, clone: Path) -> None:
-    """In the README's order: each works on what those before it left."""
+    """In the documents' order: a command may use the files of those before it."""
     BEFORE.get(command, lambda clone: None)(clone)
-    shown, files = SAID.get(command, ("", ""))
-    line = re.sub(r" \[.*?\]", "", command)  # without what is optional
-    if command.startswith("from "):  # typed into Python; interrupted training saved another step than the README's
+    shown, files = EXPECTED.get(command, ("", ""))
+    line = re.sub(r" \[.*?\]", "", command)  # drop optional parts
+    if command.startswith("from "):  # typed into Python; training was interrupted, so its checkpoint is of another step
         (saved,) = (clone / "out" / "shakespeare" / "checkpoints").glob("step_*")
         line = f"python -i <<'END'\n{re.sub('step_[0-9]+', saved.name, command)}\nEND"
         shown = "'generated_text': .ROMEO:"
@@ -160,8 +158,8 @@ def test_command(command: str, clone: Path) -> None:
     assert not files or list(clone.glob(files)), output
 
 
-def test_every_exception_and_expectation_is_of_a_command_in_the_readme() -> None:
+def test_every_exception_and_expectation_names_a_documented_command() -> None:
     first_lines = [command.partition("\n")[0] for command in commands()]
-    stale = {*NOT_RUN, *BEFORE, *SAID} - {*first_lines}
+    stale = {*NOT_RUN, *BEFORE, *EXPECTED} - {*first_lines}
     assert not stale, stale
     assert len(RUN) > 10
