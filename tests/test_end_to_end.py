@@ -322,7 +322,7 @@ def test_weights_that_are_no_numbers_are_named_before_training(workplace: Path) 
     ("flags", "expected"),
     [
         (["--data", "data/none"], "there is no data at data/none"),
-        (["--block_size", "100000"], "fewer than one window"),
+        (["--block_size", "100000"], "fewer than one sequence"),
         (["--device", "tpu"], "is not one of auto"),
         (["--batch_size", "auto"], 'batch_size "auto" measures the memory of a CUDA device; on cpu give a number'),
         (["--init_from", "nowhere"], "nowhere has no config.json"),
