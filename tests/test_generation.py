@@ -24,7 +24,8 @@ from gpt2_scratch.cpu.decode import (
     prepare,
     round_to_int8,
 )
-from model import GPT, Generation, GPTConfig, KVCache, Past, sample_token
+from gpt2_scratch.generation import Generation, RaggedCache
+from model import GPT, CacheView, GPTConfig, KVCache, sample_token
 
 SMALL = GPTConfig(block_size=12, vocab_size=41, n_layer=2, n_head=2, n_embd=8, initializer_range=0.5)
 
@@ -91,7 +92,7 @@ def test_cached_logits_are_those_of_a_full_pass(data: st.DataObject, model: GPT,
     ids = torch.randint(config.vocab_size, (rows, config.block_size))
     full, _ = model(ids)
     max_len = data.draw(st.integers(config.block_size, config.block_size + 3))
-    cache = KVCache(config, rows, max_len, dtype=torch.float64, static=static)
+    cache = RaggedCache(config, rows, max_len, torch.float64, static=static)
     seen, room = [0] * rows, config.block_size
     while room:
         T = data.draw(st.integers(1, room))
@@ -137,9 +138,9 @@ def test_more_than_the_cache_holds_is_refused_and_changes_nothing() -> None:
 def test_more_tokens_at_once_than_the_cache_or_the_context_holds_are_refused(static: bool) -> None:
     model = network(SMALL)
     with pytest.raises(ValueError, match=r"6 tokens .* cache of 5"):
-        model(torch.zeros(1, 6, dtype=torch.int64), cache=KVCache(SMALL, 1, 5, dtype=torch.float64, static=static))
+        model(torch.zeros(1, 6, dtype=torch.int64), cache=RaggedCache(SMALL, 1, 5, torch.float64, static=static))
     with pytest.raises(ValueError, match=r"13 tokens .* block_size of 12"):
-        model(torch.zeros(1, 13, dtype=torch.int64), cache=KVCache(SMALL, 1, 99, dtype=torch.float64, static=static))
+        model(torch.zeros(1, 13, dtype=torch.int64), cache=RaggedCache(SMALL, 1, 99, torch.float64, static=static))
 
 
 def test_more_tokens_than_positions_are_refused_though_the_cache_has_room() -> None:
@@ -253,7 +254,7 @@ def test_seeds_and_row_numbers() -> None:
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="no token"):
+    with pytest.raises(ValueError, match="at least one token"):
         Generation(network(SMALL), [[1], []], 5)
 
 
@@ -447,15 +448,15 @@ def test_kernel_block_is_the_block(
             linear.weight.copy_(whole * scale[:, None])
     block = prepare(model, int8).h[1]
     assert isinstance(block, KernelBlock)
-    cache = KVCache(config, B, 71, dtype=torch.bfloat16)
+    cache = RaggedCache(config, B, 71, torch.bfloat16)
     cache.k.normal_()
     cache.v.normal_()
     cache.set_length(lengths)
     before_k, before_v = cache.k.clone(), cache.v.clone()
     x = torch.randn(B, 1, C)
-    y = block(x, cache.past(1))
+    y = block(x, cache.view(1))
 
-    class Reference(Past):
+    class Reference(CacheView):
         """Attends to what has been stored, if that is right."""
 
         def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -470,18 +471,12 @@ def test_kernel_block_is_the_block(
                 y.append((q[row] @ keys.transpose(1, 2) * scale).softmax(-1) @ values)
             return torch.stack(y)
 
-    expected = exact(x.double(), Reference(**vars(cache.past(1))))
+    expected = exact(x.double(), Reference(**vars(cache.view(1))))
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
-    assert torch.equal(block(x, cache.past(1)), y)
+    assert torch.equal(block(x, cache.view(1)), y)
     for row, n in enumerate(lengths):
-        alone = Past(
-            cache.k[:, row : row + 1].contiguous(),
-            cache.v[:, row : row + 1].contiguous(),
-            torch.tensor([[n]]),
-            71,
-            True,
-            None,
-        )
+        k, v = (t[:, row : row + 1].contiguous() for t in (cache.k, cache.v))
+        alone = CacheView(k, v, torch.tensor([[n]]), 71, None)
         assert torch.equal(block(x[row : row + 1], alone)[0], y[row])
 
 
@@ -497,7 +492,7 @@ def test_kernels_gelu_is_the_tanh_form_to_float32() -> None:
     block.ln_2.bias.copy_(inputs)
     block.mlp.c_fc.weight.copy_(torch.eye(512))
     block.mlp.c_proj.weight.copy_(torch.eye(512))
-    y = prepare(model).h[0](torch.zeros(1, 1, 512), KVCache(config, 1, 12, dtype=torch.bfloat16).past(1))
+    y = prepare(model).h[0](torch.zeros(1, 1, 512), KVCache(config, 1, 12, dtype=torch.bfloat16).view(1))
     expected = nn.functional.gelu(inputs.double(), approximate="tanh")
     torch.testing.assert_close(y[0, 0].double(), expected, rtol=2e-6, atol=1e-9)
 
@@ -509,7 +504,7 @@ def test_a_kernel_does_not_hide_what_is_no_number() -> None:
     model = prepare(network(MIDDLE).bfloat16())
     x = torch.zeros(2, 1, 64)
     x[0, 0, 5] = torch.nan
-    y = model.h[0](x, KVCache(MIDDLE, 2, 12, dtype=torch.bfloat16).past(1))
+    y = model.h[0](x, KVCache(MIDDLE, 2, 12, dtype=torch.bfloat16).view(1))
     assert y[0].isnan().all() and y[1].isfinite().all()
 
 
@@ -623,7 +618,7 @@ def test_int8_logits_are_near_the_exact_ones(tied: bool) -> None:
     # A weight is off by up to 1/254 of its row's largest one, about a hundredth of a typical one.
     assert 1e-3 < (rounded - exact).std() / exact.std() < 0.05
 
-    cache = KVCache(config, 2, 32)
+    cache = KVCache(config, 2, 32, torch.float32)
     cached = torch.cat(
         [model(idx[:, :20], cache=cache)[0], *(model(idx[:, t : t + 1], cache=cache)[0] for t in range(20, 32))], 1
     )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import ACTIVATIONS, GPT, Generation, GPTConfig, sample_token
+from model import ACTIVATIONS, GPT, GPTConfig, sample_token
 
 TINY = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=8)
 GPT1 = GPTConfig(block_size=512, vocab_size=40478, post_norm=True)
@@ -605,7 +605,7 @@ def test_the_draw_alone_decides() -> None:
 def test_sampling_out_of_range_is_refused(sampling: dict[str, float]) -> None:
     (name,) = sampling
     with pytest.raises(ValueError, match=rf"\b{name}\b.* out of range"):
-        Generation(GPT(TINY), [[0]], 1, **sampling)
+        GPT(TINY).generate(torch.zeros(1, 1, dtype=torch.int64), 1, **sampling)
 
 
 def test_generate_repeats_with_the_same_seed() -> None:

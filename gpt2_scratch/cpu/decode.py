@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2_scratch.device import keep_freed_memory
-from model import GPT, Block, Past
+from model import GPT, Block, CacheView
 
 
 class PackedLinear(nn.Module):
@@ -147,13 +147,14 @@ class KernelBlock(nn.Module):
             block.ln_1.eps,
         )
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CacheView | None = None) -> Tensor:
         B, T, _ = x.shape
-        if past is None or T > 1 or past.k.dtype != torch.bfloat16 or (B > 8 and self.block.mlp.c_fc.many):
-            return self.block(x, past)
+        if cache is None or T > 1 or cache.k.dtype != torch.bfloat16 or (B > 8 and self.block.mlp.c_fc.many):
+            return self.block(x, cache)
         x, y = x.contiguous(), torch.empty_like(x)
-        keys, values = past.k[self.block.attn.layer], past.v[self.block.attn.layer]  # (B, n_head, max_len, head_dim)
-        tensors = (x, keys, values, past.positions, y)
+        layer = self.block.attn.layer
+        keys, values = cache.k[layer], cache.v[layer]  # (B, n_head, max_len, head_dim)
+        tensors = (x, keys, values, cache.positions, y)
         kernels().block(ctypes.byref(self.fields), B, keys.shape[2], *(tensor.data_ptr() for tensor in tensors))
         return y
 
