@@ -238,6 +238,26 @@ def test_text_is_that_of_a_loop_without_a_cache(
             context = [*context, token]
 
 
+@settings(max_examples=25)
+@given(data=st.data(), model=networks(), sampling=samplings(), seed=st.integers(0, 2**62), steps=st.integers(1, 30))
+def test_generate_writes_what_a_generation_writes(
+    data: st.DataObject, model: GPT, sampling: dict[str, Any], seed: int, steps: int
+) -> None:
+    """The plain loop and the fast one, greedy or with the same seed, within the context and past it."""
+    shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 14)))
+    prompts = torch.randint(model.config.vocab_size, shape)
+    written = write(Generation(model, prompts.tolist(), steps, **sampling, seed=seed), steps)
+    text = model.generate(prompts, steps, **sampling, seed=seed)
+    assert torch.equal(text, torch.cat([prompts, torch.tensor(written)], dim=1))
+
+
+def test_generated_ids_can_be_trained_on() -> None:
+    """They are no inference tensors, which autograd refuses."""
+    model = network(SMALL)
+    idx = model.generate(torch.zeros(1, 1, dtype=torch.int64), 5)
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
+
+
 def test_seeds_and_row_numbers() -> None:
     model = network(SMALL)
     prompts = [[1, 2], [1, 2]]
