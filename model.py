@@ -35,14 +35,6 @@ ACTIVATIONS = {
     "swish": F.silu,
 }
 
-# The only values that openai-gpt's config.json can express. The "gelu" of GPT-1's code is our gelu_new.
-GPT1_VALUES = {
-    "n_inner": (None,),
-    "activation": ("gelu_new", "relu", "silu", "swish"),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-}
-
 
 class ModelError(ValueError):
     """A config or checkpoint that is damaged, or that this network cannot represent."""
@@ -72,15 +64,12 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type
-            if not isinstance(value, int | float if kind is float else kind) or isinstance(value, bool) != (
-                kind is bool
-            ):
+            typed = isinstance(value, int | float if kind is float else kind)
+            if not typed or isinstance(value, bool) != (kind is bool):  # Python's bools are ints
                 raise ModelError(f"{field.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
         sizes = ("block_size", "vocab_size", "n_head", "n_embd", "n_inner", "vocab_multiple")
-        ranges = dict.fromkeys(sizes, (1, 2**31)) | dict.fromkeys(
-            ("layer_norm_epsilon", "initializer_range"), (0, math.inf)
-        )
-        ranges |= {"n_layer": (1, 10_001), "dropout": (0, 1)}  # 10,000: a corrupt file must not exhaust the memory
+        ranges = dict.fromkeys(sizes, (1, 2**31)) | {"n_layer": (1, 10_001)}  # a corrupt file must not fill the memory
+        ranges |= {"dropout": (0, 1), "layer_norm_epsilon": (0, math.inf), "initializer_range": (0, math.inf)}
         for name, (least, limit) in ranges.items():
             value = getattr(self, name)
             if value is not None and not least <= value < limit:
@@ -89,9 +78,14 @@ class GPTConfig:
             raise ModelError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.activation not in ACTIVATIONS:
             raise ModelError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
-        for name, values in GPT1_VALUES.items():
-            if self.post_norm and getattr(self, name) not in values:
-                raise ModelError(f"{name} is {getattr(self, name)!r}; with post_norm it must be one of {values}")
+        if self.post_norm:  # allow only what openai-gpt's config.json can express; its "gelu" is our gelu_new
+            if self.activation in ("gelu", "gelu_pytorch_tanh"):
+                raise ModelError(
+                    f"activation is {self.activation}; with post_norm choose gelu_new, relu, silu or swish"
+                )
+            for name in ("n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
+                if getattr(self, name) != getattr(GPTConfig, name):
+                    raise ModelError(f"{name} is {getattr(self, name)}; post_norm requires {getattr(GPTConfig, name)}")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -210,7 +204,6 @@ class KVCache:
         return CacheView(self.k, self.v, positions, kv_len, mask)
 
     def advance(self, T: int) -> None:
-        """Count T more tokens."""
         self.kv_len += T
 
 
@@ -229,17 +222,11 @@ class CacheView:
         self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Store a layer's new keys and values, then attend to all of them, in the cache's dtype if there are old ones.
-
-        q, k, v and the result: (B, n_head, T, head_dim).
-        """
+        """Store a layer's new keys and values, then attend to all so far; q, k, v, result (B, n_head, T, head_dim)."""
         T = k.shape[2]
         self.store(layer, k, v)
         if self.kv_len > T:
-            k, v = (
-                self.k[layer, :, :, : self.kv_len],
-                self.v[layer, :, :, : self.kv_len],
-            )  # (B, n_head, kv_len, head_dim)
+            k, v = (stored[layer, :, :, : self.kv_len] for stored in (self.k, self.v))  # (B, n_head, kv_len, head_dim)
         causal = self.mask is None and T > 1
         y = F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=self.mask, is_causal=causal, scale=scale)
         return y.to(q.dtype)
@@ -366,15 +353,16 @@ class GPT(nn.Module):
     ) -> Tensor:
         """idx (B, T) with its continuation, (B, T + max_new_tokens). T must be at least 1.
 
-        The plain way. gpt2_scratch/generation.py does the same for prompts of different lengths, and faster.
+        This is the plain loop; gpt2_scratch/generation.py does the same faster, and for prompts of different lengths.
 
         Args:
             temperature, top_k, top_p: see `sample_token`.
             seed: makes the text repeatable; None: different each time.
         """
-        B, block_size, weight = len(idx), self.config.block_size, self.wte.weight
+        B, T = idx.shape
+        block_size, weight = self.config.block_size, self.wte.weight
         draws = uniform_draws(seed, range(B), max_new_tokens, weight.device)  # (B, max_new_tokens)
-        cache = KVCache(self.config, B, block_size, weight.dtype, weight.device)
+        cache = KVCache(self.config, B, min(T + max_new_tokens, block_size), weight.dtype, weight.device)
         new = idx[:, -block_size:]  # the tokens that the cache lacks: first the prompt, then the last one sampled
         for step in range(max_new_tokens):
             if cache.kv_len == block_size:  # the context is full: start over from its newer half
@@ -410,8 +398,7 @@ class GPT(nn.Module):
             ModelError: not found, another architecture, a field that GPTConfig cannot represent, or a tensor that is
                 missing, unknown, of the wrong shape or unreadable; the message names it.
         """
-        config_path = _find(name_or_dir, "config.json", revision)
-        if config_path is None:
+        if (config_path := _find(name_or_dir, "config.json", revision)) is None:
             raise ModelError(f"{name_or_dir} has no config.json; it is not a Hugging Face model")
         stored = config_from_hf(_read_json(config_path))
         if block_size is not None and block_size > stored.block_size:
@@ -443,7 +430,7 @@ class GPT(nn.Module):
         ends = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
         for file, content in {"config.json": config, "generation_config.json": ends}.items():
             (directory / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        # safetensors makes its file readable by the owner only; give it the usual permissions.
+        # safetensors creates its file readable by the owner only; give it the usual permissions.
         shutil.copymode(directory / "config.json", directory / "model.safetensors")
 
 
@@ -496,11 +483,13 @@ def sample_token(
     return (column if order is None else order.gather(1, column))[:, 0]
 
 
-# Hugging Face files. config.json is transformers' GPT2Config or OpenAIGPTConfig.
+# Hugging Face files: config.json as written by transformers' GPT2Config and OpenAIGPTConfig, and the weights.
 
 # transformers' defaults where they differ from GPTConfig's.
 GPT2_DEFAULTS = {"eos_token_id": 50256}
 GPT1_DEFAULTS = {"block_size": 512, "vocab_size": 40478, "activation": "gelu", "post_norm": True}
+
+Readers = dict[str, Callable[[], Tensor]]  # names of stored tensors -> functions that read them
 
 # Fields that change the computation and that GPTConfig lacks, with the value that has no effect.
 UNSUPPORTED = {"add_cross_attention": False, "quantization_config": None, "pruned_heads": {}}
@@ -573,9 +562,6 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding(rows, width)
 
 
-Readers = dict[str, Callable[[], Tensor]]  # names of stored tensors -> functions that read them
-
-
 def _find(name_or_dir: str | Path, file: str, revision: str | None) -> Path | None:
     """The path of a file of a local folder or, downloaded if need be, of a hub model; None if the model lacks it."""
     if os.path.isdir(name_or_dir):
@@ -619,35 +605,28 @@ def _weight_files(name_or_dir: str | Path, revision: str | None) -> list[Path]:
 
 
 def _open_weights(name_or_dir: str | Path, revision: str | None) -> Readers:
-    """All tensors of a model, under today's names in transformers without the prefix "transformer."."""
+    """All tensors of a model under transformers' current names, without the prefix "transformer."."""
     readers: Readers = {}
     for path in _weight_files(name_or_dir, revision):
-        opened = _open_safetensors(path) if path.suffix == ".safetensors" else _open_pickle(path)
-        for key, read in opened.items():
-            # Conversions from TensorFlow say gamma and beta.
+        for key, read in _open_file(path).items():
+            # Conversions from TensorFlow say gamma and beta. Older versions of transformers stored masks and positions.
             name = key.removeprefix("transformer.").replace(".gamma", ".weight").replace(".beta", ".bias")
-            # Older versions of transformers stored causal masks and GPT-1's position numbers.
             if name != "position_ids" and not name.endswith((".attn.bias", ".attn.masked_bias")):
                 readers[name] = read
     return readers
 
 
-def _open_safetensors(path: Path) -> Readers:
+def _open_file(path: Path) -> Readers:
     def read(key: str) -> Tensor:
         # Reopened for every tensor: pages read from a mapped file count as memory until it is closed.
         with safe_open(path, framework="pt") as file:
             return file.get_tensor(key)
 
     try:
-        with safe_open(path, framework="pt") as file:
-            return {key: partial(read, key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged or not a safetensors file: {error}") from error
-
-
-def _open_pickle(path: Path) -> Readers:
-    load = partial(torch.load, path, map_location="cpu", weights_only=True)  # weights_only: a pickle can run code
-    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: partial(read, key) for key in file.keys()}
+        load = partial(torch.load, path, map_location="cpu", weights_only=True)  # otherwise a pickle could run code
         try:
             state = load(mmap=True)
         except RuntimeError:  # torch before 1.6 wrote another format, which cannot be mapped
@@ -656,7 +635,7 @@ def _open_pickle(path: Path) -> Readers:
         why = "it holds more than tensors and could run code, or is damaged"
         raise ModelError(f"{path} was not loaded: {why}") from error
     except Exception as error:  # on a damaged file torch raises half a dozen kinds
-        raise ModelError(f"{path} is damaged or not a PyTorch file: {error}") from error
+        raise ModelError(f"{path} is damaged or in another format: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(f"{path} is not a dictionary of tensors")
     return {key: partial(torch.detach, tensor) for key, tensor in state.items()}
@@ -665,7 +644,7 @@ def _open_pickle(path: Path) -> Readers:
 def _load_weights(
     model: GPT, readers: Readers, block_size: int, dtype: torch.dtype | None, device: str | torch.device
 ) -> None:
-    """Give a model on the meta device the tensors of `readers`, a file with `block_size` positions."""
+    """Load a model that is on the meta device from `readers`, whose position table has `block_size` rows."""
     config, state = model.config, model.state_dict()
     tied_head = None
     if config.tie_word_embeddings:
