@@ -31,9 +31,10 @@ from gpt2_scratch.config import TrainConfig, parse_config
 from gpt2_scratch.cpu.decode import prepare
 from gpt2_scratch.dataset import TokenDataset, read_meta, training_batches, write_shards
 from gpt2_scratch.device import describe, peak_flops, pick_device, pick_dtype
+from gpt2_scratch.generation import Generation
 from gpt2_scratch.sources import plays
 from gpt2_scratch.tokenizer import load_tokenizer
-from model import GPT, Generation, GPTConfig
+from model import GPT, GPTConfig
 
 ROUNDS = 5  # of which the median is taken
 SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), "1558m": (48, 25, 1600)}

@@ -17,9 +17,9 @@ from gpt2_scratch.checkpoint import find_model, load_model
 from gpt2_scratch.cli import UserError, as_text, count, run_script
 from gpt2_scratch.cpu.decode import kernels, prepare
 from gpt2_scratch.device import describe, pick_device, pick_dtype
+from gpt2_scratch.generation import Generation
 from gpt2_scratch.scoring import not_finite
 from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
-from model import Generation
 
 # Compiling takes about half a minute: on CUDA long texts repay it, on a CPU none does (it gained nothing there).
 COMPILE_FROM_TOKENS = {"cuda": 2000, "cpu": math.inf, "mps": math.inf}

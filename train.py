@@ -31,6 +31,7 @@ from gpt2_scratch.distributed import (
     recorded,
     same_everywhere,
 )
+from gpt2_scratch.generation import Generation
 from gpt2_scratch.interrupt import Interrupt, StepInterrupted, interrupt_within, signal_of_any
 from gpt2_scratch.metrics import MetricsLog, Speed
 from gpt2_scratch.optim import learning_rate_at
@@ -40,7 +41,7 @@ from gpt2_scratch.scoring import judge_all, summarise
 from gpt2_scratch.signals import StopSignals
 from gpt2_scratch.state import TrainState, load_train_state
 from gpt2_scratch.tokenizer import Tokenizer
-from model import GPT, Generation
+from model import GPT
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets, int64 (B, T) each
 

@@ -1,4 +1,4 @@
-"""The key/value cache, the rows of a Generation and the layouts of weights for writing, against full passes."""
+"""KV caches, Generation and the weight layouts for decoding, against plain forward passes."""
 
 import copy
 from dataclasses import replace
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2_scratch.cpu import decode as inference
+from gpt2_scratch.cpu import decode
 from gpt2_scratch.cpu.decode import (
     Int8Linear,
     KernelBlock,
@@ -24,14 +24,15 @@ from gpt2_scratch.cpu.decode import (
     prepare,
     round_to_int8,
 )
-from model import GPT, Generation, GPTConfig, KVCache, Past, sample_token
+from gpt2_scratch.generation import Generation, RaggedCache
+from model import GPT, CacheView, GPTConfig, KVCache, sample_token
 
 SMALL = GPTConfig(block_size=12, vocab_size=41, n_layer=2, n_head=2, n_embd=8, initializer_range=0.5)
 
 
 @st.composite
 def networks(draw: st.DrawFn) -> GPT:
-    """Small float64 GPT-1 and GPT-2 networks, no bias of theirs 0."""
+    """Small float64 GPT-1 and GPT-2 networks with nonzero biases."""
     n_head = draw(st.integers(1, 3))
     gpt1 = draw(st.booleans())
     config = GPTConfig(
@@ -74,7 +75,7 @@ def texts(draw: st.DrawFn, model: GPT, longest: int) -> list[int]:
 
 
 def write(generation: Generation, steps: int) -> list[list[int]]:
-    """All rows for so many steps."""
+    """The tokens of all rows, for a number of steps."""
     return torch.stack([generation.step()[0] for _ in range(steps)], dim=1).tolist()
 
 
@@ -84,20 +85,20 @@ def write(generation: Generation, steps: int) -> list[list[int]]:
 @settings(max_examples=30)
 @given(data=st.data(), model=networks(), static=st.booleans())
 @torch.no_grad()
-def test_cached_logits_are_those_of_a_full_pass(data: st.DataObject, model: GPT, static: bool) -> None:
-    """Any number of rows and passes; in each pass every row has its own number of tokens, then padding."""
+def test_cached_logits_equal_those_of_a_full_pass(data: st.DataObject, model: GPT, static: bool) -> None:
+    """Over several passes, in each of which every row has its own number of tokens, padded on the right."""
     config = model.config
     rows = data.draw(st.integers(1, 3))
     ids = torch.randint(config.vocab_size, (rows, config.block_size))
     full, _ = model(ids)
     max_len = data.draw(st.integers(config.block_size, config.block_size + 3))
-    cache = KVCache(config, rows, max_len, dtype=torch.float64, static=static)
+    cache = RaggedCache(config, rows, max_len, torch.float64, static=static)
     seen, room = [0] * rows, config.block_size
     while room:
         T = data.draw(st.integers(1, room))
         room -= T
         counts = data.draw(st.lists(st.integers(0, T), min_size=rows, max_size=rows) | st.just([T] * rows))
-        chunk = torch.randint(config.vocab_size, (rows, T))  # what stays of this is padding
+        chunk = torch.randint(config.vocab_size, (rows, T))  # the rest of this is padding
         for row in range(rows):
             chunk[row, : counts[row]] = ids[row, seen[row] : seen[row] + counts[row]]
         logits, _ = model(chunk, cache=cache)
@@ -137,9 +138,9 @@ def test_more_than_the_cache_holds_is_refused_and_changes_nothing() -> None:
 def test_more_tokens_at_once_than_the_cache_or_the_context_holds_are_refused(static: bool) -> None:
     model = network(SMALL)
     with pytest.raises(ValueError, match=r"6 tokens .* cache of 5"):
-        model(torch.zeros(1, 6, dtype=torch.int64), cache=KVCache(SMALL, 1, 5, dtype=torch.float64, static=static))
+        model(torch.zeros(1, 6, dtype=torch.int64), cache=RaggedCache(SMALL, 1, 5, torch.float64, static=static))
     with pytest.raises(ValueError, match=r"13 tokens .* block_size of 12"):
-        model(torch.zeros(1, 13, dtype=torch.int64), cache=KVCache(SMALL, 1, 99, dtype=torch.float64, static=static))
+        model(torch.zeros(1, 13, dtype=torch.int64), cache=RaggedCache(SMALL, 1, 99, torch.float64, static=static))
 
 
 def test_more_tokens_than_positions_are_refused_though_the_cache_has_room() -> None:
@@ -153,7 +154,7 @@ def test_more_tokens_than_positions_are_refused_though_the_cache_has_room() -> N
 # Generation
 
 
-def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
+def test_greedy_text_equals_that_of_transformers(tmp_path: Path) -> None:
     """900 tokens of a context of 1024, from prompts of different lengths, alone and together."""
     torch.manual_seed(0)
     config = GPT2Config(
@@ -177,7 +178,7 @@ def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
     theirs_text = theirs.generate(
         padded, attention_mask=mask, max_new_tokens=900, do_sample=False, pad_token_id=0, eos_token_id=None
     )[:, 100:].tolist()
-    assert all(len(set(text)) > 50 for text in theirs_text), "texts that repeat themselves would show little"
+    assert all(len(set(text)) > 50 for text in theirs_text), "a text that repeats itself would prove little"
 
     assert write(Generation(ours, prompts, 900, temperature=0), 900) == theirs_text
     alone = ours.generate(torch.tensor(prompts[1:2]), 900, temperature=0)
@@ -186,10 +187,10 @@ def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
 
 @settings(max_examples=25)
 @given(data=st.data(), model=networks(), sampling=samplings(), seed=st.integers(0, 2**62), steps=st.integers(1, 30))
-def test_a_row_writes_what_it_writes_alone(
+def test_a_row_does_not_depend_on_the_others(
     data: st.DataObject, model: GPT, sampling: dict[str, Any], seed: int, steps: int
 ) -> None:
-    """Whatever stands beside it, whichever rows end when, within the context and past it."""
+    """Whenever the others end, within the context and past it."""
     prompts = data.draw(st.lists(texts(model, longest=14), min_size=1, max_size=4))
     numbers = data.draw(st.lists(st.integers(0, 1000), min_size=len(prompts), max_size=len(prompts), unique=True))
     ends = data.draw(st.lists(st.integers(1, steps), min_size=len(prompts), max_size=len(prompts)))
@@ -205,7 +206,7 @@ def test_a_row_writes_what_it_writes_alone(
         assert len(tokens) == len(logprobs) == len(generation.live)
         for row, token in zip(generation.live, tokens.tolist()):
             together[row].append(token)
-        generation.end({row for row, end in enumerate(ends) if end <= step})  # some of them ended before
+        generation.end({row for row, end in enumerate(ends) if end <= step})  # some ended earlier
         assert generation.live == [row for row, end in enumerate(ends) if end > step]
         if not generation.live:
             break
@@ -215,10 +216,10 @@ def test_a_row_writes_what_it_writes_alone(
 @settings(max_examples=25)
 @given(data=st.data(), model=networks(), sampling=samplings(), seed=st.integers(0, 2**62))
 @torch.no_grad()
-def test_text_is_that_of_a_loop_without_a_cache(
+def test_text_equals_that_of_a_loop_without_a_cache(
     data: st.DataObject, model: GPT, sampling: dict[str, Any], seed: int
 ) -> None:
-    """Also past the context, from where every row goes on with half of it; log-probabilities included."""
+    """Log-probabilities included, and past the context, where a row continues from its newer half."""
     prompts = data.draw(st.lists(texts(model, longest=14), min_size=1, max_size=3))
     block_size, steps = model.config.block_size, 30
     generation = Generation(model, prompts, steps, **sampling, seed=seed)
@@ -227,7 +228,7 @@ def test_text_is_that_of_a_loop_without_a_cache(
     for row, prompt in enumerate(prompts):
         context = prompt[-block_size:]
         for step in range(steps):
-            if len(context) - 1 == block_size:  # the cache is full and the newest token waits
+            if len(context) - 1 == block_size:  # the cache is full, and the newest token not yet in it
                 context = context[len(context) - 1 - block_size // 2 :]
             logits = model(torch.tensor([context]), last_only=True)[0][:, 0].float()
             token = sample_token(logits, draws[row, step : step + 1], **sampling).item()
@@ -235,6 +236,26 @@ def test_text_is_that_of_a_loop_without_a_cache(
             logprob = logits.double().log_softmax(-1)[0, token].item()
             assert written[step][1][row].item() == pytest.approx(logprob, abs=1e-5)
             context = [*context, token]
+
+
+@settings(max_examples=25)
+@given(data=st.data(), model=networks(), sampling=samplings(), seed=st.integers(0, 2**62), steps=st.integers(1, 30))
+def test_generate_and_generation_write_the_same(
+    data: st.DataObject, model: GPT, sampling: dict[str, Any], seed: int, steps: int
+) -> None:
+    """The plain loop and the fast one, greedy or with the same seed, within the context and past it."""
+    shape = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 14)))
+    prompts = torch.randint(model.config.vocab_size, shape)
+    written = write(Generation(model, prompts.tolist(), steps, **sampling, seed=seed), steps)
+    text = model.generate(prompts, steps, **sampling, seed=seed)
+    assert torch.equal(text, torch.cat([prompts, torch.tensor(written)], dim=1))
+
+
+def test_generated_ids_can_be_trained_on() -> None:
+    """They must not be inference tensors, which autograd refuses."""
+    model = network(SMALL)
+    idx = model.generate(torch.zeros(1, 1, dtype=torch.int64), 5)
+    model(idx[:, :-1], idx[:, 1:])[1].backward()
 
 
 def test_seeds_and_row_numbers() -> None:
@@ -246,20 +267,20 @@ def test_seeds_and_row_numbers() -> None:
 
     first = text(seed=1)
     assert first == text(seed=1) == text(seed=1, row_numbers=[0, 1])
-    assert first[0] != first[1], "two samples of one prompt differ"
+    assert first[0] != first[1], "two samples of one prompt must differ"
     assert text(seed=1, row_numbers=[1, 0]) == first[::-1]
     others = [*text(seed=2), *text(seed=1, row_numbers=[2, 3]), *text(), *text()]
     assert len({tuple(row) for row in first + others}) == 10
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="no token"):
+    with pytest.raises(ValueError, match="at least one token"):
         Generation(network(SMALL), [[1], []], 5)
 
 
 def test_compiled_steps_write_the_same() -> None:
-    """Ragged rows, one ended half-way, past the context."""
-    model = network(replace(SMALL, n_layer=1))  # one layer, as compiling takes seconds a layer
+    """Ragged rows, one of which ends early, past the context."""
+    model = network(replace(SMALL, n_layer=1))  # compiling takes seconds per layer
     sampling = {"temperature": 0.9, "top_k": 20, "top_p": 0.95, "seed": 3}
     seen = []
     for compile in (False, True):
@@ -273,21 +294,21 @@ def test_compiled_steps_write_the_same() -> None:
     torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-5, atol=1e-5)
 
 
-# Layouts of weights
+# Weight layouts
 
 MIDDLE = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=64, initializer_range=0.1)
 
-needs_packing = pytest.mark.skipif(not can_pack(), reason="takes a processor whose bfloat16 oneDNN supports")
-needs_kernels = pytest.mark.skipif(kernels() is None, reason="takes Linux, AVX512 and a C compiler")
+needs_packing = pytest.mark.skipif(not can_pack(), reason="needs a CPU with bfloat16 support in oneDNN")
+needs_kernels = pytest.mark.skipif(kernels() is None, reason="needs Linux, AVX512 and a C compiler")
 
 
 @pytest.fixture
 def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where they cannot be compiled."""
-    monkeypatch.setattr(inference, "kernels", lambda: None)
+    """As on a machine that cannot compile them."""
+    monkeypatch.setattr(decode, "kernels", lambda: None)
 
 
-def test_kernels_are_there_or_not_without_a_word(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+def test_missing_kernels_print_nothing(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     for compiler in ("there-is-no-such-compiler", "false"):  # `false` is a program that fails
         monkeypatch.setenv("CC", compiler)
         assert kernels.__wrapped__() is None
@@ -299,8 +320,8 @@ def test_kernels_are_there_or_not_without_a_word(monkeypatch: pytest.MonkeyPatch
     [pytest.param(KernelLinear, marks=needs_kernels), pytest.param(PackedLinear, marks=needs_packing)],
 )
 @torch.no_grad()
-def test_weights_laid_out_anew_give_the_same_logits(kind: type, request: pytest.FixtureRequest) -> None:
-    """In bfloat16, whose rounding is 2**-8 of a value: all paths are as near to exact arithmetic."""
+def test_prepared_weights_give_the_same_logits(kind: type, request: pytest.FixtureRequest) -> None:
+    """Up to the rounding of bfloat16: every path is as close to exact arithmetic as the plain one."""
     if kind is PackedLinear:
         request.getfixturevalue("no_kernels")
     exact = network(MIDDLE).bfloat16().double()
@@ -314,12 +335,12 @@ def test_weights_laid_out_anew_give_the_same_logits(kind: type, request: pytest.
         errors = [(model(idx)[0] - logits).square().mean().sqrt() / logits.std() for model in (plain, packed)]
         assert errors[1] < 1.5 * errors[0] < 0.05
         if kind is KernelLinear:
-            assert errors[1] < 1e-5  # nothing but the weights is in bfloat16
+            assert errors[1] < 1e-5  # only the weights are in bfloat16
 
 
 @pytest.mark.usefixtures("no_kernels")
 @torch.no_grad()
-def test_bfloat16_works_where_its_weights_cannot_be_laid_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_works_on_cpus_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise RuntimeError("bf16 path needs the cpu support avx_ne_convert or avx512bw, avx512vl and avx512dq")
 
@@ -341,8 +362,8 @@ def test_bfloat16_works_where_its_weights_cannot_be_laid_out_anew(monkeypatch: p
     seed=st.integers(0, 2**31),
 )
 @torch.no_grad()
-def test_kernel_linear_is_the_linear(rows: int, sizes: tuple[int, int], int8: bool, bias: bool, seed: int) -> None:
-    """Any number of rows; inputs that are a part of something larger; each row as it would be alone, bit for bit."""
+def test_kernel_linear_equals_linear(rows: int, sizes: tuple[int, int], int8: bool, bias: bool, seed: int) -> None:
+    """For any number of rows, for strided inputs, and each row bit for bit as it is alone."""
     torch.manual_seed(seed)
     linear = nn.Linear(*sizes, bias=bias).bfloat16()
     kernel = KernelLinear(linear, int8)
@@ -361,7 +382,7 @@ def test_kernel_linear_is_the_linear(rows: int, sizes: tuple[int, int], int8: bo
 
 @needs_kernels
 @torch.no_grad()
-def test_many_rows_go_to_amx_where_there_is_some(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_use_amx_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     torch.manual_seed(0)
     linear = nn.Linear(96, 40).bfloat16()
@@ -402,7 +423,7 @@ def test_packing_changes_no_weight(rows: int, columns: int, kind: str, seed: int
 @needs_kernels
 @torch.no_grad()
 def test_weights_of_a_network_take_about_12_bits() -> None:
-    """If distributed normally, in channels of different sizes, or if half of them are zeros."""
+    """If normally distributed, with channels of different scales, or half of them zero."""
     linear = nn.Linear(512, 256).bfloat16()
     for change in (torch.ones(()), torch.logspace(-1, 1, 256)[:, None], torch.randint(2, (256, 512))):
         linear.weight.copy_(torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02 * change)
@@ -421,10 +442,10 @@ def test_weights_of_a_network_take_about_12_bits() -> None:
     seed=st.integers(0, 2**31),
 )
 @torch.no_grad()
-def test_kernel_block_is_the_block(
+def test_kernel_block_equals_block(
     lengths: list[int], heads: tuple[int, int], inner: int | None, gpt1: bool, int8: bool, spread: float, seed: int
 ) -> None:
-    """Against float64, for rows that have seen different numbers of tokens, heads of any width."""
+    """Against float64, for rows of different lengths and heads of any width."""
     n_head, head_dim = heads
     B, C = len(lengths), n_head * head_dim
     config = GPTConfig(
@@ -447,16 +468,16 @@ def test_kernel_block_is_the_block(
             linear.weight.copy_(whole * scale[:, None])
     block = prepare(model, int8).h[1]
     assert isinstance(block, KernelBlock)
-    cache = KVCache(config, B, 71, dtype=torch.bfloat16)
+    cache = RaggedCache(config, B, 71, torch.bfloat16)
     cache.k.normal_()
     cache.v.normal_()
     cache.set_length(lengths)
     before_k, before_v = cache.k.clone(), cache.v.clone()
     x = torch.randn(B, 1, C)
-    y = block(x, cache.past(1))
+    y = block(x, cache.view(1))
 
-    class Reference(Past):
-        """Attends to what has been stored, if that is right."""
+    class Reference(CacheView):
+        """Checks what the kernel stored, then attends to it in float64."""
 
         def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             for stored, new, before in ((self.k, k, before_k), (self.v, v, before_v)):
@@ -470,25 +491,19 @@ def test_kernel_block_is_the_block(
                 y.append((q[row] @ keys.transpose(1, 2) * scale).softmax(-1) @ values)
             return torch.stack(y)
 
-    expected = exact(x.double(), Reference(**vars(cache.past(1))))
+    expected = exact(x.double(), Reference(**vars(cache.view(1))))
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
-    assert torch.equal(block(x, cache.past(1)), y)
+    assert torch.equal(block(x, cache.view(1)), y)
     for row, n in enumerate(lengths):
-        alone = Past(
-            cache.k[:, row : row + 1].contiguous(),
-            cache.v[:, row : row + 1].contiguous(),
-            torch.tensor([[n]]),
-            71,
-            True,
-            None,
-        )
+        k, v = (t[:, row : row + 1].contiguous() for t in (cache.k, cache.v))
+        alone = CacheView(k, v, torch.tensor([[n]]), 71, None)
         assert torch.equal(block(x[row : row + 1], alone)[0], y[row])
 
 
 @needs_kernels
 @torch.no_grad()
-def test_kernels_gelu_is_the_tanh_form_to_float32() -> None:
-    """What a block of weights 0 and 1 adds to an input of 0 is the activation of the second norm's bias."""
+def test_kernel_gelu_is_the_tanh_form_to_float32_precision() -> None:
+    """With weights of 0 and 1, a block turns an input of 0 into the activation of ln_2's bias."""
     config = replace(MIDDLE, n_embd=512, n_inner=512)
     model = network(config).bfloat16()
     block, inputs = model.h[0], torch.linspace(-12, 12, 512).bfloat16()
@@ -497,19 +512,19 @@ def test_kernels_gelu_is_the_tanh_form_to_float32() -> None:
     block.ln_2.bias.copy_(inputs)
     block.mlp.c_fc.weight.copy_(torch.eye(512))
     block.mlp.c_proj.weight.copy_(torch.eye(512))
-    y = prepare(model).h[0](torch.zeros(1, 1, 512), KVCache(config, 1, 12, dtype=torch.bfloat16).past(1))
+    y = prepare(model).h[0](torch.zeros(1, 1, 512), KVCache(config, 1, 12, dtype=torch.bfloat16).view(1))
     expected = nn.functional.gelu(inputs.double(), approximate="tanh")
     torch.testing.assert_close(y[0, 0].double(), expected, rtol=2e-6, atol=1e-9)
 
 
 @needs_kernels
 @torch.no_grad()
-def test_a_kernel_does_not_hide_what_is_no_number() -> None:
+def test_kernels_propagate_nan() -> None:
     assert KernelLinear(nn.Linear(8, 16))(torch.full((1, 8), torch.nan)).isnan().all()
     model = prepare(network(MIDDLE).bfloat16())
     x = torch.zeros(2, 1, 64)
     x[0, 0, 5] = torch.nan
-    y = model.h[0](x, KVCache(MIDDLE, 2, 12, dtype=torch.bfloat16).past(1))
+    y = model.h[0](x, KVCache(MIDDLE, 2, 12, dtype=torch.bfloat16).view(1))
     assert y[0].isnan().all() and y[1].isfinite().all()
 
 
@@ -520,10 +535,10 @@ def test_a_kernel_does_not_hide_what_is_no_number() -> None:
 )
 @pytest.mark.parametrize("amx", [False, True])
 @torch.no_grad()
-def test_networks_laid_out_anew_write_what_exact_arithmetic_gives(
+def test_prepared_networks_agree_with_exact_arithmetic(
     change: dict[str, Any], amx: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether there is a kernel for their blocks or not; in rows of different lengths, past the context."""
+    """With and without a kernel for their blocks, for rows of different lengths, past the context."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     config = replace(MIDDLE, **change)
     exact = network(config).bfloat16().double()
@@ -546,8 +561,8 @@ def test_networks_laid_out_anew_write_what_exact_arithmetic_gives(
 
 @needs_kernels
 @pytest.mark.parametrize("int8", [False, True])
-def test_kernels_write_each_row_as_it_would_be_alone(int8: bool) -> None:
-    """Ragged rows, one ended half-way, past the context."""
+def test_kernels_write_each_row_as_alone(int8: bool) -> None:
+    """Ragged rows, one of which ends early, past the context."""
     model = prepare(network(MIDDLE).bfloat16(), int8)
     prompts = [[5, 6, 7], [8], list(range(30))]
     sampling = {"temperature": 0.9, "top_k": 50, "seed": 3}
@@ -566,7 +581,7 @@ def test_kernels_write_each_row_as_it_would_be_alone(int8: bool) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_packed_linear_is_the_linear(bias: bool) -> None:
+def test_packed_linear_equals_linear(bias: bool) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 40, bias=bias).bfloat16()
     try:
@@ -581,7 +596,7 @@ def test_packed_linear_is_the_linear(bias: bool) -> None:
 
 
 def dequantised(weight: Tensor) -> Tensor:
-    """By the definition: 255 values from -max to max in every row."""
+    """By definition: 255 levels from -max to max in every row."""
     scale = weight.double().abs().amax(1, keepdim=True) / 127
     return (weight.double() / scale).round().nan_to_num() * scale
 
@@ -590,12 +605,12 @@ def dequantised(weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
 @torch.no_grad()
-def test_int8_linear_is_the_product_with_rounded_weights(
+def test_int8_linear_multiplies_by_rounded_weights(
     width: int, bias: bool, dtype: torch.dtype, precision: float
 ) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(width, 40, bias=bias)
-    linear.weight *= torch.logspace(-3, 1, 40)[:, None]  # each output channel has a scale of its own
+    linear.weight *= torch.logspace(-3, 1, 40)[:, None]  # a different scale for each output channel
     linear.weight[7] = 0
     linear.to(dtype)
     rounded = Int8Linear(linear)
@@ -613,7 +628,7 @@ def test_int8_linear_is_the_product_with_rounded_weights(
 
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_int8_logits_are_near_the_exact_ones(tied: bool) -> None:
+def test_int8_logits_are_close_to_exact_ones(tied: bool) -> None:
     config = replace(MIDDLE, tie_word_embeddings=tied)
     idx = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0))
     exact, _ = network(config).float()(idx)
@@ -623,7 +638,7 @@ def test_int8_logits_are_near_the_exact_ones(tied: bool) -> None:
     # A weight is off by up to 1/254 of its row's largest one, about a hundredth of a typical one.
     assert 1e-3 < (rounded - exact).std() / exact.std() < 0.05
 
-    cache = KVCache(config, 2, 32)
+    cache = KVCache(config, 2, 32, torch.float32)
     cached = torch.cat(
         [model(idx[:, :20], cache=cache)[0], *(model(idx[:, t : t + 1], cache=cache)[0] for t in range(20, 32))], 1
     )

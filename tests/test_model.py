@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import ACTIVATIONS, GPT, Generation, GPTConfig, sample_token
+from model import ACTIVATIONS, GPT, GPTConfig, sample_token
 
 TINY = GPTConfig(block_size=16, vocab_size=37, n_layer=2, n_head=2, n_embd=8)
 GPT1 = GPTConfig(block_size=512, vocab_size=40478, post_norm=True)
@@ -89,7 +89,7 @@ def batch(config: GPTConfig, seed: int = 0, rows: int = 2, length: int | None = 
 
 
 def hf_layout(name: str, tensor: Tensor, config: GPTConfig) -> tuple[str, Tensor]:
-    """A tensor of ours, or its gradient, as transformers names and lays it out: written down by hand."""
+    """One of our tensors, or its gradient, in transformers' naming and layout, written independently of model.py."""
     if name in ("wte.weight", "lm_head.weight"):
         tensor = tensor[: config.vocab_size]
     if name == "lm_head.weight":
@@ -169,7 +169,7 @@ def test_loss_is_the_one_transformers_computes_from_labels() -> None:
 
 
 @pytest.mark.parametrize("post_norm", [False, True])
-def test_a_token_changes_no_logits_before_it(post_norm: bool) -> None:
+def test_attention_is_causal(post_norm: bool) -> None:
     model = double_model(replace(TINY, post_norm=post_norm))
     idx, _ = batch(TINY, rows=1)
     before, _ = model(idx)
@@ -189,7 +189,7 @@ def test_rows_of_a_batch_do_not_see_each_other() -> None:
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
 
 
-def test_targets_of_minus_one_do_not_count() -> None:
+def test_targets_of_minus_one_are_ignored() -> None:
     model = double_model(TINY)
     idx, targets = batch(TINY)
     assert (targets == -1).any()
@@ -232,12 +232,12 @@ def test_loss_is_at_least_float32() -> None:
         assert loss.shape == ()
 
 
-# Dropout: all parameters are 0 but those that make one site the only one whose dropout can be seen.
+# Dropout: all parameters are 0 except those that make one dropout layer's effect visible.
 
 
 @torch.no_grad()
 def first_block_output(model: GPT, rows: int, **weights: float | Tensor) -> Tensor:
-    """What block 0 makes of (rows, 16) tokens in training mode, all parameters 0 except those given."""
+    """Block 0's output for (rows, 16) tokens in training mode, with all parameters 0 except those given."""
     for name, p in model.named_parameters():
         p.copy_(torch.as_tensor(weights.pop(name.replace(".", "_"), 0.0)))
     assert not weights
@@ -276,7 +276,7 @@ def test_dropout_of_attention_weights() -> None:
     # The branch's own dropout leaves 0, or 1 / 0.75 times the k weights kept: k / (t + 1) / 0.75.
     kept = out * 0.75 * 0.75 * torch.arange(1.0, 17.0)[:, None]
     torch.testing.assert_close(kept, kept.round(), rtol=0, atol=1e-4)
-    seen = kept[:, -1][kept[:, -1] > 0.5]  # of 16 weights, in channels that the branch's dropout let through
+    seen = kept[:, -1][kept[:, -1] > 0.5]  # of 16 weights, in channels that the branch's dropout kept
     assert len(seen.round().unique()) > 3
     # 64 sequences of two heads: the mean of 128 draws from Binomial(16, 0.75) within five standard errors.
     assert abs(seen.mean().item() - 12) < 0.8
@@ -322,7 +322,7 @@ def loaded(config: GPTConfig, folder: Path) -> GPT:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("make", [fresh, loaded])
 @pytest.mark.parametrize("vocab_size", [37, 65])
-def test_padding_changes_nothing_while_training(
+def test_vocabulary_padding_does_not_affect_training(
     make: Callable[[GPTConfig, Path], GPT], tied: bool, vocab_size: int, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -366,7 +366,7 @@ def test_sampled_ids_are_never_padding(sampling: dict[str, float]) -> None:
     torch.manual_seed(0)
     config = replace(TINY, vocab_size=3, vocab_multiple=64, block_size=128)
     ids = GPT(config).eval().generate(torch.zeros(16, 1, dtype=torch.int64), 100, temperature=1e4, seed=0, **sampling)
-    # At such heat all rows of the table would be about equally likely: 1,600 draws among 64.
+    # At this temperature all rows of the table would be about equally likely: 1,600 draws among 64.
     assert ids.unique().tolist() == [0, 1, 2]
 
 
@@ -414,7 +414,7 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("n_embd", [128, 768])
-def test_loss_at_initialisation_is_near_that_of_guessing(n_embd: int) -> None:
+def test_loss_at_initialisation_is_that_of_a_uniform_guess(n_embd: int) -> None:
     torch.manual_seed(0)
     config = GPTConfig(block_size=128, n_layer=2, n_embd=n_embd, n_head=n_embd // 64)
     idx = torch.randint(config.vocab_size, (4, 128))
@@ -454,7 +454,7 @@ LOGITS = torch.linspace(-1.5, 1.5, 16)[torch.randperm(16, generator=torch.Genera
 
 
 def exact_probabilities(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> np.ndarray:
-    """What `sample_token` must draw from, one token at a time: numpy, float64, no ties among the logits."""
+    """The distribution that `sample_token` must sample from, for logits without ties: numpy, float64."""
     logits = logits.double().numpy() / temperature
     order = np.argsort(-logits)
     probs = np.exp(logits - logits.max())
@@ -472,7 +472,7 @@ def exact_probabilities(logits: Tensor, temperature: float, top_k: int | None, t
 
 
 def uniform(n: int, seed: int = 0) -> Tensor:
-    """n numbers for `draw`."""
+    """n values for the argument `draw`."""
     return torch.rand(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
@@ -484,7 +484,7 @@ def uniform(n: int, seed: int = 0) -> Tensor:
     top_p=st.none() | st.floats(0, 1, exclude_min=True),
     seed=st.integers(0, 2**31),
 )
-def test_top_k_and_top_p_keep_the_tokens_that_brute_force_keeps(
+def test_top_k_and_top_p_agree_with_brute_force(
     steps: list[int], temperature: float, top_k: int | None, top_p: float | None, seed: int
 ) -> None:
     logits = torch.tensor(steps) / 100
@@ -501,7 +501,9 @@ def test_top_k_and_top_p_keep_the_tokens_that_brute_force_keeps(
     ("temperature", "top_k", "top_p"),
     [(1.0, None, None), (0.7, None, None), (1.5, 5, None), (1.0, None, 0.8), (0.8, 9, 0.9), (1.0, 16, 1.0)],
 )
-def test_frequencies_are_the_exact_distribution(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def test_sampled_frequencies_match_the_exact_distribution(
+    temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     draws = 100_000
     tokens = sample_token(LOGITS.expand(draws, -1), uniform(draws, 1), temperature, top_k, top_p)
     expected = torch.from_numpy(exact_probabilities(LOGITS, temperature, top_k, top_p)) * draws
@@ -575,7 +577,7 @@ def test_a_tiny_top_p_keeps_exactly_the_likeliest(top_p: float) -> None:
 
 def test_rows_are_drawn_from_their_own_distributions() -> None:
     logits = torch.full((30, 30), -1e4).fill_diagonal_(0.0)
-    logits[:, 7] = -20.0  # within reach of no top_k = 1, of no top_p = 0.9
+    logits[:, 7] = -20.0  # too unlikely for top_k = 1 and for top_p = 0.9
     logits[7, 7] = 0.0
     for sampling in ({"top_k": 1}, {"top_p": 0.9}, {"top_k": 2, "top_p": 0.9}):
         assert torch.equal(sample_token(logits, uniform(30), 1.0, **sampling), torch.arange(30))
@@ -605,7 +607,7 @@ def test_the_draw_alone_decides() -> None:
 def test_sampling_out_of_range_is_refused(sampling: dict[str, float]) -> None:
     (name,) = sampling
     with pytest.raises(ValueError, match=rf"\b{name}\b.* out of range"):
-        Generation(GPT(TINY), [[0]], 1, **sampling)
+        GPT(TINY).generate(torch.zeros(1, 1, dtype=torch.int64), 1, **sampling)
 
 
 def test_generate_repeats_with_the_same_seed() -> None:
@@ -677,18 +679,18 @@ def test_an_invalid_value_is_refused_by_name(field: str, value: object) -> None:
         ("scale_attn_by_inverse_layer_idx", True),
     ],
 )
-def test_a_gpt1_that_no_file_could_describe_is_refused(field: str, value: object) -> None:
+def test_a_gpt1_that_config_json_cannot_express_is_refused(field: str, value: object) -> None:
     """openai-gpt's config.json has no such field, and its "gelu" is the tanh form."""
     replace(TINY, **{field: value})
     with pytest.raises(ValueError, match=rf"\b{field}\b"):
         replace(TINY, post_norm=True, **{field: value})
 
 
-def test_whole_numbers_are_good_floats() -> None:
+def test_integers_are_accepted_as_floats() -> None:
     assert GPT(replace(TINY, dropout=0)).config.dropout == 0
 
 
-def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
+def test_activation_checkpointing_saves_memory_and_keeps_gradients() -> None:
     torch.manual_seed(0)
     model = GPT(replace(TINY, n_layer=4, dropout=0.2))
     idx = torch.randint(37, (2, 17))
@@ -702,7 +704,7 @@ def test_recomputed_activations_save_memory_and_change_no_gradient() -> None:
             sizes.append(tensor.nbytes)
             return tensor
 
-        torch.manual_seed(1)  # of dropout
+        torch.manual_seed(1)  # for dropout
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = model(idx[:, :-1], idx[:, 1:])[1]
         kept.append(sum(sizes))

@@ -1,4 +1,4 @@
-"""The four GPT-2 sizes and GPT-1 at their real shapes; minutes and 20 GiB, on request: `pytest -m slow -n 0 -s`."""
+"""The four GPT-2 sizes and GPT-1 at full size. Takes minutes and 20 GiB: `pytest -m slow -n 0 -s`."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ SIZES = {
     "openai-gpt": (12, 12, 768, 116_534_784),
 }
 
-# In a process of its own: the peak of memory is one figure for the whole life of a process.
+# In its own process, because peak memory is counted over a process's whole life.
 LOAD = """
 import json, sys, torch
 from model import GPT
@@ -52,10 +52,12 @@ def test_a_published_size_loads_exactly_and_in_little_memory(name: str, tmp_path
     done = subprocess.run(
         [sys.executable, "-c", LOAD, *arguments], cwd=root, capture_output=True, text=True, check=True
     )
-    figures = json.loads(done.stdout)
+    measured = json.loads(done.stdout)
     size = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
     difference = (torch.load(tmp_path / "logits.pt", weights_only=True) - expected).abs().max().item()
-    print(f"\n{name}: largest difference {difference:.1e}, peak {figures['peak'] / size:.3f} times {size / 1e9:.2f} GB")
-    assert figures["parameters"] == parameters
+    print(
+        f"\n{name}: largest difference {difference:.1e}, peak {measured['peak'] / size:.3f} times {size / 1e9:.2f} GB"
+    )
+    assert measured["parameters"] == parameters
     assert difference < 1e-4
-    assert figures["peak"] < 1.2 * size
+    assert measured["peak"] < 1.2 * size

@@ -1,6 +1,6 @@
-"""Weights laid out for writing text: smaller or faster to read than those of training, same answers.
+"""Weight layouts for text generation: smaller than those of training, or faster to read.
 
-Writing a token reads every weight once, so what counts is bytes a token and how fast they are read.
+Decoding is bandwidth-bound: each token reads every weight once, so its time is the weights' bytes over the bandwidth.
 """
 
 import ctypes
@@ -18,15 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2_scratch.device import keep_freed_memory
-from model import GPT, Block, Past
+from model import GPT, Block, CacheView
 
 
 class PackedLinear(nn.Module):
-    """nn.Linear in bfloat16 on a CPU, its weight in the blocked layout that oneDNN reads fastest.
-
-    Args:
-        linear: with bfloat16 parameters.
-    """
+    """A bfloat16 nn.Linear on a CPU, with its weight in oneDNN's blocked layout."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -38,24 +34,24 @@ class PackedLinear(nn.Module):
 
 
 def can_pack() -> bool:
-    """Whether oneDNN takes bfloat16 here; on x86 that needs AVX512 or newer."""
+    """Whether oneDNN supports bfloat16 on this CPU; on x86 that takes AVX512."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """kernels.c, compiled for this processor; None but on Linux with AVX512 and a C compiler ($CC, else `cc`)."""
+    """kernels.c, compiled for this CPU. None unless on Linux with AVX512 and a C compiler ($CC, or else `cc`)."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if sys.platform != "linux" or "AVX512" not in torch.backends.cpu.get_cpu_capability() or not compiler:
         return None
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-nodefaultlibs"]
     try:
-        # Linked with the OpenMP library that torch has loaded: the threads of a second one would fight with those.
+        # Link with the OpenMP library that torch has loaded: two thread pools would compete for the cores.
         openmp = re.search(r"/.*/lib(gomp|iomp5|omp)\b.*", Path("/proc/self/maps").read_text())
         with tempfile.TemporaryDirectory() as folder:
             command = [compiler, *flags, Path(__file__).with_name("kernels.c"), openmp[0], "-o", f"{folder}/kernels.so"]
             subprocess.run(command, check=True, capture_output=True)
-            library = ctypes.CDLL(f"{folder}/kernels.so")  # it stays when its file goes
+            library = ctypes.CDLL(f"{folder}/kernels.so")  # stays loaded after its file is deleted
     except (OSError, TypeError, subprocess.CalledProcessError):
         return None
     library.linear.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -85,11 +81,7 @@ class CBlock(ctypes.Structure):
 
 
 class KernelLinear(nn.Module):
-    """nn.Linear on a CPU with weights in bfloat16 or int8; inputs, sums and outputs are float32.
-
-    Args:
-        linear: whose weights are kept in bfloat16, or rounded as in `Int8Linear`.
-    """
+    """nn.Linear through kernels.c: weights in bfloat16, or in int8 as in `Int8Linear`; all else in float32."""
 
     def __init__(self, linear: nn.Linear, int8: bool = False):
         super().__init__()
@@ -106,15 +98,16 @@ class KernelLinear(nn.Module):
             self.weight = weight.view(N // 32, 32, K).transpose(1, 2).contiguous()  # (N / 32, K, 32)
         else:
             weight = weight.contiguous()
-            sample = weight.flatten()[:: max(1, weight.numel() // 10**6)].view(torch.int16)
-            self.upper = (sample >> 8 & 255).bincount(minlength=256).topk(16).indices.to(torch.uint8)
+            # The 16 commonest upper bytes, which the packed format stores in half a byte; a million weights will do.
+            subset = weight.flatten()[:: max(1, weight.numel() // 10**6)].view(torch.int16)
+            self.upper = (subset >> 8 & 255).bincount(minlength=256).topk(16).indices.to(torch.uint8)
             self.starts = torch.empty(N // 32, dtype=torch.int64)
             pointers = [tensor.data_ptr() for tensor in (weight, self.upper, self.starts)]
             self.weight = torch.empty(kernels().plan(K, N, *pointers), dtype=torch.uint8)
             kernels().pack(K, N, *pointers, self.weight.data_ptr())
         tensors = (self.weight, self.starts, self.upper, self.scale, self.bias)
         self.fields = CLinear(1 if int8 else 2, K, N, *(tensor.data_ptr() for tensor in tensors))
-        # What many rows cost is arithmetic, and there AMX is many times as fast.
+        # Many rows are compute-bound, and AMX computes several times as fast.
         self.many = PackedLinear(linear.bfloat16()) if torch.cpu._is_amx_tile_supported() and not int8 else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,10 +121,10 @@ class KernelLinear(nn.Module):
 
 
 class KernelBlock(nn.Module):
-    """A Block of KernelLinear, one call for a pass over one more token of each row; the cache is in bfloat16.
+    """A Block that decodes one token per row in a single call to kernels.c, given a bfloat16 cache.
 
     Args:
-        block: of widths that 32 divides, its activation the tanh form of GELU.
+        block: made of KernelLinear, with tanh GELU and with widths that are multiples of 32.
     """
 
     def __init__(self, block: Block):
@@ -147,13 +140,14 @@ class KernelBlock(nn.Module):
             block.ln_1.eps,
         )
 
-    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: CacheView | None = None) -> Tensor:
         B, T, _ = x.shape
-        if past is None or T > 1 or past.k.dtype != torch.bfloat16 or (B > 8 and self.block.mlp.c_fc.many):
-            return self.block(x, past)
+        if cache is None or T > 1 or cache.k.dtype != torch.bfloat16 or (B > 8 and self.block.mlp.c_fc.many):
+            return self.block(x, cache)
         x, y = x.contiguous(), torch.empty_like(x)
-        keys, values = past.k[self.block.attn.layer], past.v[self.block.attn.layer]  # (B, n_head, max_len, head_dim)
-        tensors = (x, keys, values, past.positions, y)
+        layer = self.block.attn.layer
+        keys, values = cache.k[layer], cache.v[layer]  # (B, n_head, max_len, head_dim)
+        tensors = (x, keys, values, cache.positions, y)
         kernels().block(ctypes.byref(self.fields), B, keys.shape[2], *(tensor.data_ptr() for tensor in tensors))
         return y
 
@@ -161,8 +155,7 @@ class KernelBlock(nn.Module):
 class Int8Linear(nn.Module):
     """nn.Linear with int8 weights and one scale per output channel; inputs and outputs keep their dtype.
 
-    Args:
-        linear: whose weights are rounded: w[i, j] = q[i, j] * scale[i], scale[i] = max |w[i]| / 127.
+    w[i, j] = q[i, j] * scale[i] with scale[i] = max |w[i]| / 127.
     """
 
     def __init__(self, linear: nn.Linear):
@@ -172,7 +165,9 @@ class Int8Linear(nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.shape[-1] % 16 == 0:  # in bfloat16 the kernel reads 16 at a time, and beyond
+        if (
+            x.device.type == "cpu" and x.shape[-1] % 16 == 0
+        ):  # the bfloat16 kernel reads 16 at a time, out of bounds if need be
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
         else:
             y = x @ (self.weight.to(x.dtype) * self.scale[:, None]).t()
@@ -180,18 +175,18 @@ class Int8Linear(nn.Module):
 
 
 def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers of at most 127 in size, int8 (out, in), and what they are multiples of, float32 (out,)."""
+    """Symmetric quantisation: int8 values from -127 to 127 (out, in), and float32 scales (out,)."""
     scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
 
 
 def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
-    """Change a model in place for writing text; it can no longer be trained or saved.
+    """Optimise a model for generation, in place. It can no longer be trained or saved.
 
     Args:
-        int8: round the weights of all matrix products; else, on a CPU in bfloat16, only lay them out anew, where
-            that is possible.
-        compile: its steps are going to be compiled, which lays weights out by itself.
+        int8: quantise the weights of all linear layers. Otherwise only the layout changes, for bfloat16 on a CPU that
+            has a faster one.
+        compile: the steps will be compiled; torch.compile chooses layouts itself.
     """
     weight = model.wte.weight
     eager = weight.device.type == "cpu" and not compile
@@ -201,18 +196,18 @@ def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
         return model
     if eager:
         keep_freed_memory()
-    for name in [name for name, _ in model.named_modules()]:  # by name, so that what is replaced goes at once
+    for name in [name for name, _ in model.named_modules()]:  # by name: holds no reference to replaced modules
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear):
             if fast:
-                laid_out = KernelLinear(module, int8)
+                replacement = KernelLinear(module, int8)
             else:
-                laid_out = Int8Linear(module) if int8 else PackedLinear(module)
-            model.set_submodule(name, laid_out)
+                replacement = Int8Linear(module) if int8 else PackedLinear(module)
+            model.set_submodule(name, replacement)
         elif isinstance(module, nn.Dropout):
-            model.set_submodule(name, nn.Identity())  # half a hundred calls a token
+            model.set_submodule(name, nn.Identity())  # saves dozens of calls per token
         elif fast and isinstance(module, nn.LayerNorm | nn.Embedding):
-            # All is computed in float32; of `wte` single rows are read, and the cache has its dtype.
+            # Everything is computed in float32. `wte` stays in bfloat16: the cache takes its dtype from it.
             module.to(torch.bfloat16 if module is model.wte else torch.float32)
     c = model.config
     if fast and c.activation in ("gelu_new", "gelu_pytorch_tanh") and c.n_embd % 32 == (c.n_inner or 0) % 32 == 0:

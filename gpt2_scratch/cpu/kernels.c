@@ -1,9 +1,9 @@
-// What writing text costs on a CPU with AVX512: products with weights in bfloat16 or int8, and a block of the network
-// for one new token of each row, its cache in bfloat16. inference.py compiles and calls this.
+// Decoding on a CPU with AVX512: linear layers with bfloat16 or int8 weights, and a transformer block for one new token
+// per row with a bfloat16 cache. decode.py compiles and calls this.
 //
-// For few rows the time is that of reading the weights, each once, and what counts is to ask for cache lines long
-// before they are needed. Inputs, sums and outputs are float32. A row's sums are formed in the same order whatever
-// rows stand beside it.
+// With few rows the work is bandwidth-bound: every weight is read once, and what matters is to prefetch cache lines
+// long before they are needed. Inputs, sums and outputs are float32. A row is summed in the same order whatever the
+// other rows, so it gives the same bits alone and in a batch.
 
 #include <immintrin.h>
 #include <math.h>
@@ -11,17 +11,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { LANES = 16, OUTPUTS = 2 * LANES, AHEAD = 8192 };  // float32 numbers of a register and of a tile's row; bytes
+enum { LANES = 16, OUTPUTS = 2 * LANES, AHEAD = 8192 };  // floats per register, per tile row; bytes to prefetch
 
 #define EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
 #define EACH_HALF _Pragma("GCC unroll 2") for (int h = 0; h < 2; h++)
 
-static inline __m512 exponential(__m512 x)  // of numbers of at most 0, to 3e-7 of the result
+static inline __m512 exponential(__m512 x)  // for x <= 0, to a relative error of 3e-7
 {
     static const float series[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f};
-    x = _mm512_max_ps(_mm512_set1_ps(-104), x);  // there it is 0; in this order a NaN stays
+    x = _mm512_max_ps(_mm512_set1_ps(-104), x);  // exp is 0 there; this operand order keeps NaN
     __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693145752f), x);  // the logarithm of 2 in two parts
+    x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693145752f), x);  // ln 2 in two parts, for precision
     x = _mm512_fnmadd_ps(twos, _mm512_set1_ps(1.42860677e-6f), x);
     __m512 sum = _mm512_setzero_ps();
     for (int i = 0; i < 7; i++)
@@ -29,7 +29,7 @@ static inline __m512 exponential(__m512 x)  // of numbers of at most 0, to 3e-7 
     return _mm512_scalef_ps(sum, twos);
 }
 
-static inline __m512 gelu(__m512 x)  // its tanh form: x / (1 + exp(-z)) with z = sqrt(8 / pi) (x + 0.044715 x^3)
+static inline __m512 gelu(__m512 x)  // tanh form: x / (1 + exp(-z)) with z = sqrt(8 / pi) (x + 0.044715 x^3)
 {
     __m512 one = _mm512_set1_ps(1), cubic = _mm512_mul_ps(_mm512_set1_ps(0.044715f), _mm512_mul_ps(x, x));
     __m512 z = _mm512_mul_ps(_mm512_mul_ps(_mm512_set1_ps(1.5957691216f), x), _mm512_add_ps(one, cubic));
@@ -38,32 +38,33 @@ static inline __m512 gelu(__m512 x)  // its tanh form: x / (1 + exp(-z)) with z 
     return _mm512_div_ps(_mm512_mask_mul_ps(x, negative, x, small), _mm512_add_ps(one, small));
 }
 
-// y = x w' * scale + bias of x (M, K), scale and bias (N), y (M, N); 4 divides K, 32 N. int8 weights have shape
-// (N / 32, K, 32).
+// y = x w' * scale + bias with x (M, K), scale and bias (N), y (M, N); K is a multiple of 4, N of 32. int8 weights have
+// shape (N / 32, K, 32).
 //
-// bfloat16 weights take 12 bits as a rule, and not one is changed: of the 256 values that their upper byte, a sign and
-// seven bits of exponent, may have, sixteen make up nearly all of a matrix. They come in tiles of 32 outputs, in these
-// in blocks of 4 inputs. A tile begins with a byte for each block, whether it is packed. A plain block has shape
-// (2, 2, 16, 2): pairs of inputs, halves of the outputs, outputs, inputs. A packed one is the lower bytes of the first
-// pair of inputs, those of the second, and then, of half a byte each, which of the sixteen the upper bytes are.
+// bfloat16 weights are compressed without loss, mostly to 12 bits: of the 256 values of their upper byte (the sign and
+// seven bits of the exponent) sixteen cover nearly all of a matrix. A matrix is stored as tiles of 32 outputs, a tile
+// as blocks of 4 inputs. A tile starts with one byte per block: whether it is packed. A plain block has shape
+// (2, 2, 16, 2): pairs of inputs, halves of the outputs, outputs, inputs. A packed block holds the lower bytes of the
+// first pair of inputs, those of the second, and then half a byte per weight: the index of its upper byte among the
+// sixteen.
 typedef struct {
-    long bytes, K, N;  // `bytes` of a weight: 2 or 1
+    long bytes, K, N;  // bytes per weight: 2 or 1
     const char *w;
-    const int64_t *starts;  // of the tiles
-    const uint8_t *upper;  // the sixteen
+    const int64_t *starts;  // offsets of the tiles
+    const uint8_t *upper;  // the sixteen upper bytes
     const float *scale, *bias;
 } Linear;
 
-enum { INPUTS = 4, PACKED = 192, PLAIN = 256 };  // of a block; its bytes
+enum { INPUTS = 4, PACKED = 192, PLAIN = 256 };  // inputs per block; bytes per block
 
 static inline long flags_size(long K)
 {
     return (K / INPUTS + 63) / 64 * 64;
 }
 
-typedef enum { STORE, ADD, GELU } Finish;  // what becomes of y: as it is, the residual sum, the activation
+typedef enum { STORE, ADD, GELU } Finish;  // what to do with a sum: store it, add it to y, or apply GELU
 
-// Each of these reads a block and returns where the next one begins.
+// These two read a block and return a pointer to the next one.
 static inline __attribute__((always_inline)) const char *read_bfloat16(
     const char *w, int packed, __m512i upper, __m512 weights[INPUTS][2])
 {
@@ -83,7 +84,7 @@ static inline __attribute__((always_inline)) const char *read_bfloat16(
         w += PLAIN;
     }
     for (int i = 0; i < 2; i++)
-        EACH_HALF {  // a bfloat16 is the upper half of a float32
+        EACH_HALF {  // bfloat16 is the upper half of float32
             __m512i second = _mm512_and_si512(pairs[i][h], _mm512_set1_epi32(0xffff0000));
             weights[2 * i][h] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs[i][h], 16));
             weights[2 * i + 1][h] = _mm512_castsi512_ps(second);
@@ -115,8 +116,8 @@ static void finish_rows(const Linear *l, Finish finish, long n, int rows, const 
         }
 }
 
-// OUTPUTS outputs of 1 to 8 rows. `rows` and `bytes` (of a weight) are constants wherever this is inlined, so that the
-// sums stay in registers.
+// OUTPUTS outputs of 1 to 8 rows. `rows` and `bytes` (per weight) are constants at every call, so once this is inlined
+// the sums stay in registers.
 static inline __attribute__((always_inline)) void tile(
     const int rows, const int bytes, const Linear *l, Finish finish, long n, const float *x, float *y)
 {
@@ -146,7 +147,7 @@ static inline __attribute__((always_inline)) void products(
 {
 #pragma omp for schedule(static)
     for (long n = 0; n < l->N; n += OUTPUTS)
-        for (long m = 0; m < M;) {  // the weights stay in the cache for all rows
+        for (long m = 0; m < M;) {  // the tile's weights stay cached for all rows
             const float *in = x + m * l->K;
             float *out = y + m * l->N;
             switch (M - m) {
@@ -158,7 +159,7 @@ static inline __attribute__((always_inline)) void products(
         }
 }
 
-// Each thread of a team calls this.
+// To be called by every thread of an OpenMP team.
 static void multiply(const Linear *l, Finish finish, long M, const float *x, float *y)
 {
     if (l->bytes == 2)
@@ -167,7 +168,7 @@ static void multiply(const Linear *l, Finish finish, long M, const float *x, flo
         products(1, l, finish, M, x, y);
 }
 
-// A block of w (N, K), from where w points to; returns the bytes that it takes.
+// Packs the block of w (N, K) that w points to; returns its size in bytes.
 static inline long pack_block(const uint16_t *w, long K, const uint8_t *upper, __m512i block[4])
 {
     __m512i outputs = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -178,7 +179,7 @@ static inline long pack_block(const uint16_t *w, long K, const uint8_t *upper, _
         pairs[i] = _mm512_i32gather_epi32(rows, w + i % 2 * LANES * K + i / 2 * 2, sizeof *w);
     for (int i = 0; i < 2; i++) {
         __m512i a = pairs[2 * i], b = pairs[2 * i + 1], codes = _mm512_setzero_si512();
-        __m512i uppers = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));  // as unpack_epi8 wants
+        __m512i uppers = _mm512_packus_epi16(_mm512_srli_epi16(a, 8), _mm512_srli_epi16(b, 8));  // unpack_epi8's order
         __mmask64 found = 0;
         for (int j = 0; j < 16; j++) {
             __mmask64 here = _mm512_cmpeq_epi8_mask(uppers, _mm512_set1_epi8(upper[j]));
@@ -197,7 +198,7 @@ static inline long pack_block(const uint16_t *w, long K, const uint8_t *upper, _
     return packed ? PACKED : PLAIN;
 }
 
-// Where each tile of w (N, K) is going to begin; returns the bytes of all.
+// Computes the offset of each tile of w (N, K); returns the total size in bytes.
 long plan(long K, long N, const uint16_t *w, const uint8_t *upper, int64_t *starts)
 {
 #pragma omp parallel for
@@ -243,20 +244,20 @@ static inline __m512 widen(__mmask16 lanes, const uint16_t *from)
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-static inline void narrow(__mmask16 lanes, uint16_t *to, __m512 x)  // to the nearest, of two equally near to the even
+static inline void narrow(__mmask16 lanes, uint16_t *to, __m512 x)  // rounds to nearest even
 {
     __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     _mm256_mask_storeu_epi16(to, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
 }
 
-// Sixteen of the D numbers at a time, or what is left of them.
+// Loops over D numbers, sixteen at a time, with a mask for the remainder.
 #define EACH_PART \
     for (long d = 0, lanes; lanes = D - d < LANES ? (1 << (D - d)) - 1 : 0xffff, d < D; d += LANES)
 
-// Stores the key and value of a new token of each row and attends with its query to all of that row, by an online
-// softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) over 16 keys at a time.
-// qkv (B, 3, H, D); keys, values (B, H, L, D); seen (B), the tokens stored before; y (B, H, D).
+// Stores the key and value of one new token per row, then attends with its query to the whole row, by an online softmax
+// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) over 16 keys at a time.
+// qkv (B, 3, H, D); keys, values (B, H, L, D); seen (B), the number of tokens stored before; y (B, H, D).
 static void attend(
     long B, long H, long L, long D, float scale, const float *qkv, uint16_t *keys, uint16_t *values,
     const int64_t *seen, float *y)
@@ -313,7 +314,7 @@ typedef struct {
     const float *weight, *bias;
 } Norm;
 
-// y = LayerNorm(x) of x and y (M, C), which may be the same; 16 divides C.
+// y = LayerNorm(x) with x and y (M, C), which may alias; C is a multiple of 16.
 static void layer_norm(const Norm *norm, float epsilon, long M, long C, const float *x, float *y)
 {
 #pragma omp for schedule(static)
@@ -340,17 +341,18 @@ typedef struct {
     Linear attn_in, attn_out, mlp_in, mlp_out;
     Norm ln_1, ln_2;
     long n_head, post_norm;
-    float scale, epsilon;  // of the attention's scores; of the norms
+    float scale, epsilon;  // of the attention scores; of the norms
 } Block;
 
-// model.py's Block of one new token of each row: x and y (B, C), 32 divides C and the hidden width; the rest as above.
+// model.py's Block for one new token per row: x and y (B, C); C and the hidden width are multiples of 32. The rest as
+// in attend().
 void block(
     const Block *b, long B, long L, const float *x, uint16_t *keys, uint16_t *values, const int64_t *seen, float *y)
 {
     const long C = b->attn_out.N, H = b->n_head;
     float *normed = malloc(B * (5 * C + b->mlp_in.N) * sizeof(float));
     float *qkv = normed + B * C, *heads = qkv + 3 * B * C, *hidden = heads + B * C;
-    float *in = b->post_norm ? y : normed;  // of the attention and of the MLP
+    float *in = b->post_norm ? y : normed;  // input of the attention and of the MLP
     memcpy(y, x, B * C * sizeof(float));
 #pragma omp parallel
     {

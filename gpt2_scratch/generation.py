@@ -1,0 +1,208 @@
+"""Text generation for many rows at once: prompts of different lengths, a seed per row, compiled steps.
+
+`GPT.generate` is the same in twenty lines, for rows of equal length; tests/test_generation.py holds the two equal.
+"""
+
+import torch
+from torch import Tensor
+
+from model import GPT, CacheView, GPTConfig, KVCache, sample_token, uniform_draws
+
+
+class RaggedCache(KVCache):
+    """A KVCache whose rows may differ in length: pad idx on the right, then give the true lengths to `set_length`.
+
+    Entries beyond a row's length are never attended to, and the next pass overwrites them.
+
+    Args:
+        static: always attend over the whole buffer, masked, so that every step has the same shapes and can be
+            compiled. Otherwise attend only over the part in use.
+
+    Attributes:
+        length: tokens in each row, int64 (B,), on the device.
+        kv_len: tokens in the longest row, known without a device sync; stays 0 if static.
+        even: whether all rows have the same length.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: str | torch.device = "cpu",
+        static: bool = False,
+    ):
+        super().__init__(config, batch_size, max_len, dtype, device)
+        self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.even = True
+        self.static = static
+
+    def view(self, T: int) -> CacheView:
+        if self.even and not self.static:
+            return super().view(T)
+        max_len, device = self.k.shape[3], self.k.device
+        if self.kv_len + T > max_len:
+            raise ValueError(f"{T} tokens after {self.kv_len} do not fit a cache of {max_len}")
+        kv_len = max_len if self.static else self.kv_len + T
+        positions = self.length[:, None] + torch.arange(T, device=device)  # (B, T)
+        mask = (torch.arange(kv_len, device=device) <= positions[..., None])[:, None]  # (B, 1, T, kv_len)
+        return RaggedView(self.k, self.v, positions, kv_len, mask)
+
+    def advance(self, T: int) -> None:
+        self.length += T
+        if not self.static:
+            self.kv_len += T
+
+    def set_length(self, lengths: list[int]) -> None:
+        """Set the number of tokens in each row; anything beyond it counts as padding."""
+        self.length.copy_(torch.tensor(lengths))
+        if not self.static:
+            self.kv_len, self.even = max(lengths), len(set(lengths)) == 1
+
+
+class RaggedView(CacheView):
+    """The cache during a pass whose rows write at different positions."""
+
+    def store(self, layer: int, k: Tensor, v: Tensor) -> None:
+        rows = torch.arange(len(k), device=k.device)[:, None]  # (B, 1)
+        layers = torch.full_like(rows, layer)  # as a tensor: with an int, torch.compile copies the whole cache
+        for stored, new in ((self.k, k), (self.v, v)):
+            stored[layers, rows, :, self.positions] = new.transpose(1, 2).to(stored.dtype)  # (B, T, n_head, head_dim)
+
+
+class Generation:
+    """Rows of text being generated: `step` returns the next token of each live row, `end` removes rows.
+
+    A row's text depends on its prompt, the settings and its seed, never on the other rows. When a row has filled the
+    context, its cache is refilled from its newest block_size // 2 tokens.
+
+    Args:
+        model: with weights in the dtype to compute in.
+        prompts: each row's ids, at least one; only the last block_size are used.
+        max_new_tokens: how often `step` may be called.
+        temperature, top_k, top_p: see `sample_token`.
+        seed: together with `row_numbers` it fixes the rows' random numbers; None: different each time.
+        row_numbers: distinguish rows of one seed; None: 0, 1, ...
+        compile: run the steps through torch.compile, with CUDA graphs on CUDA.
+
+    Attributes:
+        live: the rows that `step` returns tokens for, as indices into `prompts`.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: GPT,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        row_numbers: list[int] | None = None,
+        compile: bool = False,
+    ):
+        if not prompts or not all(prompts):
+            raise ValueError("every row needs a prompt of at least one token, such as <|endoftext|>")
+        self.model = model
+        self.device = model.wte.weight.device
+        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.live = list(range(len(prompts)))
+        self.slots = list(self.live)  # indices of the live rows in the tensors below
+        numbers = self.live if row_numbers is None else row_numbers
+        self.draws = uniform_draws(seed, numbers, max_new_tokens, self.device)  # (B, max_new_tokens)
+        self.steps = 0
+
+        prompts = [prompt[-model.config.block_size :] for prompt in prompts]
+        self.totals = [len(prompt) for prompt in prompts]  # tokens in each row
+        longest = max(self.totals)
+        ids = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.int64)
+        for row, prompt in zip(ids, prompts):
+            row[: len(prompt)] = torch.tensor(prompt)
+        self.ids = ids.to(self.device)  # (B, longest + max_new_tokens)
+        self.rows = torch.arange(len(prompts), device=self.device)
+        self.column = torch.tensor(self.totals, device=self.device)  # of `ids`, for each row's next token
+
+        # Prefill: all but a prompt's last token go into the cache; the last one is the first step's input.
+        max_len = min(longest + max_new_tokens, model.config.block_size)
+        dtype = model.wte.weight.dtype
+        self.cache = RaggedCache(model.config, len(prompts), max_len, dtype, self.device, static=compile)
+        self.cached = [0] * len(prompts)  # tokens of each row in the cache
+        self._fill(self.slots, [total - 1 for total in self.totals])
+        self.decode = self._decode
+        if compile:
+            for buffer in (self.cache.k, self.cache.v, self.cache.length):
+                torch._dynamo.mark_static_address(buffer)
+            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+            self.decode = torch.compile(self._decode, mode=mode)
+        self.pending = self._next(self.ids[self.rows, self.column - 1])  # what the next `step` returns
+
+    @torch.inference_mode()
+    def step(self) -> tuple[Tensor, Tensor]:
+        """The next token of each live row, int64 (live,), and its log-probability under the model, float32 (live,)."""
+        tokens, logprobs = self.pending
+        if self.steps < self.draws.shape[1]:
+            self.pending = self._next(tokens)  # one step ahead, so that the device works while the caller reads tokens
+        if len(self.slots) == len(tokens):
+            return tokens, logprobs
+        return tokens[self.slots], logprobs[self.slots]
+
+    @torch.inference_mode()
+    def end(self, rows: set[int]) -> None:
+        """Remove rows. They cost nothing from here on, except in compiled steps, whose shapes are fixed."""
+        staying = [i for i, row in enumerate(self.live) if row not in rows]
+        self.live = [self.live[i] for i in staying]
+        self.slots = [self.slots[i] for i in staying]
+        if not self.live or self.cache.static:
+            return
+        cache, slots = self.cache, torch.tensor(self.slots, device=self.device)
+        cache.k, cache.v, cache.length = cache.k[:, slots], cache.v[:, slots], cache.length[: len(slots)]
+        self.ids, self.draws = self.ids[slots], self.draws[slots]
+        self.rows, self.column = self.rows[: len(slots)], self.column[slots]
+        self.pending = (self.pending[0][slots], self.pending[1][slots])
+        self.totals = [self.totals[i] for i in self.slots]
+        self.cached = [self.cached[i] for i in self.slots]
+        cache.set_length(self.cached)
+        self.slots = list(range(len(self.live)))
+
+    def _next(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Append to each row the token after `tokens`, its newest: that token and its log-probability, (B,) each."""
+        block_size = self.model.config.block_size
+        if full := [i for i, cached in enumerate(self.cached) if cached == block_size]:
+            self._fill(full, [block_size // 2] * len(full))
+        if self.cache.static and self.device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        tokens, logprobs = self.decode(tokens, self.draws[:, self.steps])
+        if self.cache.static:  # a CUDA graph's next run overwrites its outputs
+            tokens, logprobs = tokens.clone(), logprobs.clone()
+        self.steps += 1
+        self.cached = [cached + 1 for cached in self.cached]
+        self.ids[self.rows, self.column] = tokens
+        self.column += 1
+        self.totals = [total + 1 for total in self.totals]
+        return tokens, logprobs
+
+    def _decode(self, tokens: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+        """One step's work on the device; this is what gets compiled."""
+        logits, _ = self.model(tokens[:, None], last_only=True, cache=self.cache)
+        logits = logits[:, 0].float()  # (B, vocab_size)
+        tokens = sample_token(logits, draw, **self.sampling)
+        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+    def _fill(self, slots: list[int], counts: list[int]) -> None:
+        """Refill the cache of `slots` with their newest tokens, `counts` each, less the very last: the next input."""
+        T = max(counts)
+        fresh = KVCache(self.model.config, len(slots), T, self.cache.k.dtype, self.device)
+        if T:
+            idx = torch.zeros(len(slots), T, dtype=torch.int64, device=self.device)
+            for row, slot, count in zip(idx, slots, counts):
+                end = self.totals[slot] - 1
+                row[:count] = self.ids[slot, end - count : end]
+            self.model.hidden(idx, fresh)
+        self.cache.k[:, slots, :, :T] = fresh.k
+        self.cache.v[:, slots, :, :T] = fresh.v
+        for slot, count in zip(slots, counts):
+            self.cached[slot] = count
+        self.cache.set_length(self.cached)
