@@ -1,4 +1,4 @@
-"""Pictures: what they are computed from, the page that holds them, and every sentence for bad input."""
+"""What the pictures show, the page that embeds them, and errors for bad input."""
 
 import base64
 import csv
@@ -30,14 +30,14 @@ from visualize import (
     MADE_HERE,
     attention_weights,
     drawable,
-    hardly_trained,
     label,
     lines_of,
     parameter_rows,
     parse_args,
     predictions,
-    published_level,
+    published_loss,
     read_curves,
+    undertrained_tokens,
     visualize,
 )
 
@@ -52,7 +52,7 @@ LINES = [
 
 
 def small(folder: Path, tokenizer: str | None = "bytes", **shape: Any) -> GPT:
-    """A model with random weights at a folder."""
+    """Save a model with random weights to a folder."""
     sizes = {"block_size": 24, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 16, "eos_token_id": 256}
     torch.manual_seed(0)
     model = GPT(GPTConfig(**{**sizes, **shape}))
@@ -64,7 +64,7 @@ def small(folder: Path, tokenizer: str | None = "bytes", **shape: Any) -> GPT:
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run `out/run` with one checkpoint, its metrics.jsonl torn at the end; the working directory has it."""
+    """The checkpoint of a run `out/run` in the working directory, whose metrics.jsonl has a torn last line."""
     monkeypatch.chdir(tmp_path)
     checkpoint = tmp_path / "out/run/checkpoints/step_00000003"
     small(checkpoint)
@@ -75,7 +75,7 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
-    """Run the command line in this process."""
+    """Run visualize.py in this process."""
     monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, flags)])
     visualize(parse_args())
 
@@ -98,7 +98,7 @@ def random_transformers(kind: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "inverse", "gpt1"])
-def test_attention_weights_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_attention_weights_match_transformers(kind: str, tmp_path: Path) -> None:
     theirs = random_transformers(kind).double().eval()
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path, dtype=torch.float64)
@@ -114,14 +114,14 @@ def test_attention_weights_are_those_of_transformers(kind: str, tmp_path: Path) 
     assert not any(block.attn.c_attn._forward_hooks for block in ours.h)
 
 
-def test_attention_of_a_text_that_does_not_fit_is_refused_and_leaves_no_hook(tmp_path: Path) -> None:
+def test_attention_beyond_the_context_raises_and_removes_its_hooks(tmp_path: Path) -> None:
     model = small(tmp_path)
     with pytest.raises(ValueError, match="25 tokens do not fit"):
         attention_weights(model, torch.zeros(1, 25, dtype=torch.int64))
     assert not any(block.attn.c_attn._forward_hooks for block in model.h)
 
 
-def test_predictions_are_the_losses_of_the_model(tmp_path: Path) -> None:
+def test_predictions_match_the_loss(tmp_path: Path) -> None:
     model = small(tmp_path)
     ids = [5, 200, 7, 7]
     bits = -predictions(model, ids, 256)[range(4), ids]
@@ -129,18 +129,18 @@ def test_predictions_are_the_losses_of_the_model(tmp_path: Path) -> None:
     assert bits.mean().item() * math.log(2) == pytest.approx(loss.item(), rel=1e-5)
     without = -predictions(model, ids, None)[range(4), ids]
     loss = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))[1]
-    assert without[0].isnan()  # nothing stands before the first
+    assert without[0].isnan()  # it has no context
     assert without[1:].mean().item() * math.log(2) == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_table_of_a_model_with_known_values(tied: bool) -> None:
+def test_parameter_table_of_known_values(tied: bool) -> None:
     model = GPT(GPTConfig(block_size=4, vocab_size=3, n_layer=1, n_head=1, n_embd=2, tie_word_embeddings=tied))
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(2.0)
         model.wte.weight[:3] = torch.tensor([[-1.0, 0.0], [1.0, 2.0], [3.0, 7.0]])
-        model.wte.weight[3:] = 1e9  # padding, which must not be seen
+        model.wte.weight[3:] = 1e9  # padding must not show
         model.lm_head.weight[3:] = 1e9
     rows = {row[0]: row[1:] for row in parameter_rows(model)}
     assert rows["wte.weight"] == ("3 x 2", 6, 2.0, pytest.approx(np.std([-1, 0, 1, 2, 3, 7])), -1.0, 7.0)
@@ -150,32 +150,32 @@ def test_the_table_of_a_model_with_known_values(tied: bool) -> None:
     assert sum(row[1] for row in rows.values()) == model.num_params()
 
 
-def test_a_clump_of_hardly_trained_tokens_is_found_and_a_fresh_table_has_none() -> None:
+def test_undertrained_tokens_are_found_and_a_fresh_table_has_none() -> None:
     source = torch.Generator().manual_seed(0)
     table = torch.randn(3000, 64, generator=source) + 0.3
-    assert hardly_trained(table)[0] == []
+    assert undertrained_tokens(table)[0] == []
     planted = sorted(torch.randperm(3000, generator=source)[:40].tolist())
-    table[planted] = 0.35 + 0.05 * torch.randn(40, 64, generator=source)  # near the mean row, as GPT-2's are
-    ids, distances, limit = hardly_trained(table)
+    table[planted] = 0.35 + 0.05 * torch.randn(40, 64, generator=source)  # near the mean row, as in GPT-2
+    ids, distances, radius = undertrained_tokens(table)
     assert sorted(ids) == planted
-    assert distances[ids].max() < limit < distances[[i for i in range(3000) if i not in planted]].min()
+    assert distances[ids].max() < radius < distances[[i for i in range(3000) if i not in planted]].min()
     far = torch.randn(300, 64, generator=source)
     far[:200] = 4 + 0.05 * torch.randn(200, 64, generator=source)  # most of the vocabulary, as in a byte-level model
-    assert sorted(hardly_trained(far)[0]) == list(range(200))
+    assert sorted(undertrained_tokens(far)[0]) == list(range(200))
 
 
-def test_tokens_are_shown_on_one_line_with_nothing_invisible() -> None:
+def test_labels_are_one_line_without_invisible_characters() -> None:
     tokenizer = load_tokenizer("bytes")
     assert [label(tokenizer, token) for token in (10, 32, 27, 0xC3, 36, 256)] == [
         "\\n", "␣", "\\x1b", "\\xc3", "$", "<|endoftext|>",
     ]  # fmt: skip
-    assert drawable("漢a") == "\\u6f22a"  # the font has no such glyph
+    assert drawable("漢a") == "\\u6f22a"  # not in the font
     assert drawable("x" * 50) == "x" * 17 + "…"
     gpt2 = load_tokenizer("gpt2")
     assert all(drawable(label(gpt2, token)).isprintable() for token in range(gpt2.n_vocab))
 
 
-def test_lines_are_filled_and_none_is_lost() -> None:
+def test_lines_are_filled_without_losing_a_cell() -> None:
     assert list(lines_of([3, 3, 3, 99, 1], 7)) == [[0, 1], [2], [3], [4]]
     assert list(lines_of([], 7)) == []
 
@@ -184,17 +184,16 @@ def test_lines_are_filled_and_none_is_lost() -> None:
 
 
 def test_curves_of_a_run(made: Path) -> None:
-    curves = read_curves(Path("out/run"))
-    assert curves.name == "run"
-    np.testing.assert_array_equal(curves.train["tokens"], [100, 200, 300])
-    np.testing.assert_array_equal(curves.train["train_loss"], [5, np.nan, 3])
-    np.testing.assert_allclose(curves.train["hours"] * 3600, [10, 12, 16])
-    np.testing.assert_array_equal(curves.val["val_loss"], [4])
-    np.testing.assert_allclose(curves.val["hours"] * 3600, [12])
+    train, val = read_curves(Path("out/run"))
+    np.testing.assert_array_equal(train["tokens"], [100, 200, 300])
+    np.testing.assert_array_equal(train["train_loss"], [5, np.nan, 3])
+    np.testing.assert_allclose(train["hours"] * 3600, [10, 12, 16])
+    np.testing.assert_array_equal(val["val_loss"], [4])
+    np.testing.assert_allclose(val["hours"] * 3600, [12])
 
 
 @pytest.mark.parametrize(
-    ("data", "tokenizer", "shape", "level"),
+    ("data", "tokenizer", "shape", "loss"),
     [
         ("data/fineweb-edu", "gpt2", (12, 768), 3.2924),
         ("data/openwebtext", "gpt2", (24, 1024), 2.84),
@@ -205,30 +204,30 @@ def test_curves_of_a_run(made: Path) -> None:
         ("data/fineweb-edu", None, (12, 768), None),
     ],
 )
-def test_published_levels_only_where_they_apply(
-    data: str, tokenizer: str | None, shape: tuple[int, int], level: float | None, made: Path
+def test_published_loss_only_where_it_applies(
+    data: str, tokenizer: str | None, shape: tuple[int, int], loss: float | None, made: Path
 ) -> None:
     Path("out/run/config.toml").write_text(f'data = "{data}"\n')
     (made / "config.json").write_text(json.dumps({"n_layer": shape[0], "n_embd": shape[1]}))
     (made / "tokenizer_config.json").unlink()
     if tokenizer:
         (made / "tokenizer_config.json").write_text(json.dumps({"tiktoken_encoding": tokenizer}))
-    assert published_level(Path("out/run")) == level
+    assert published_loss(Path("out/run")) == loss
 
 
 @pytest.mark.parametrize("config", [None, "not = toml =", "", 'data = "data/fineweb-edu"'])
-def test_no_published_level_for_a_run_that_does_not_say_what_it_is(config: str | None, made: Path) -> None:
+def test_no_published_loss_for_an_unknown_run(config: str | None, made: Path) -> None:
     shutil.rmtree(made)
     if config is not None:
         Path("out/run/config.toml").write_text(config)
-    assert published_level(Path("out/run")) is None
+    assert published_loss(Path("out/run")) is None
 
 
 # The page
 
 
 class Page(HTMLParser):
-    """A page read tag by tag; unclosed or crossed tags fail."""
+    """A parsed page; fails on unclosed or crossed tags."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -240,7 +239,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img"):  # these have no end
+        if tag not in ("meta", "img"):  # void elements
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -251,7 +250,7 @@ class Page(HTMLParser):
 
 
 def check_page(folder: Path) -> Page:
-    """index.html holds every picture of its folder as it is, and loads nothing."""
+    """index.html embeds every picture in its folder unchanged, and loads nothing."""
     text = (folder / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
@@ -294,21 +293,21 @@ def attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("attention_only")
-def test_an_animation_grows_by_a_row_a_token(made: Path, run: Callable[..., None]) -> None:
+def test_the_animation_grows_by_one_row_per_token(made: Path, run: Callable[..., None]) -> None:
     run(made, "--out", "figures", "--text", "abcdefgh")
     gif = Image.open("figures/attention.gif")
     assert gif.n_frames == 8
     coloured = []
     for number in range(8):
         gif.seek(number)
-        rgb = np.asarray(gif.convert("RGB"), dtype=int)[60:-40, : gif.width * 3 // 4]  # without title, scale and text
+        rgb = np.asarray(gif.convert("RGB"), dtype=int)[60:-40, : gif.width * 3 // 4]  # no title, scale, caption
         coloured.append(int((rgb.max(axis=-1) - rgb.min(axis=-1) > 40).sum()))
     growth = np.diff([0, *coloured])
     assert (growth > 0).all()
-    np.testing.assert_allclose(growth / growth[0], range(1, 9), rtol=0.1)  # each row has one more cell
+    np.testing.assert_allclose(growth / growth[0], range(1, 9), rtol=0.1)  # row t has t cells
 
 
-def test_a_model_as_small_as_can_be_with_an_untied_head(tmp_path: Path, run: Callable[..., None]) -> None:
+def test_the_smallest_model_with_an_untied_head(tmp_path: Path, run: Callable[..., None]) -> None:
     small(tmp_path / "model", n_layer=1, n_head=1, n_embd=2, block_size=1, tie_word_embeddings=False)
     run(tmp_path / "model", "--out", tmp_path / "figures", "--text", "$", "--ids", "0-2", "250", "--tokens", "$")
     assert len(check_page(tmp_path / "figures").all("img")) == 16  # no run, so one fewer
@@ -316,7 +315,7 @@ def test_a_model_as_small_as_can_be_with_an_untied_head(tmp_path: Path, run: Cal
 
 
 @pytest.mark.usefixtures("attention_only")
-def test_attention_begins_at_the_layer_asked_for(
+def test_attention_begins_at_the_given_layer(
     tmp_path: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small(tmp_path / "model", n_layer=6)
@@ -342,7 +341,7 @@ def test_gpt1_without_an_end_of_text(tmp_path: Path, run: Callable[..., None], m
 # The terminal
 
 
-def test_a_text_on_the_terminal_in_colours() -> None:
+def test_text_on_a_terminal_is_coloured() -> None:
     master, slave = pty.openpty()
     command = [sys.executable, SCRIPT, "--text", "Hello, wörld\n"]
     done = subprocess.run(command, stdout=slave, stderr=subprocess.PIPE, env=ENVIRONMENT)
@@ -355,7 +354,7 @@ def test_a_text_on_the_terminal_in_colours() -> None:
     assert plain == ["Hello", ",", "␣w", "ör", "ld", "\\n", *map(str, ids)]
 
 
-def test_a_text_in_a_pipe_has_no_colours_and_no_line_is_too_long(
+def test_text_in_a_pipe_is_plain_and_wrapped(
     made: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
@@ -368,7 +367,7 @@ def test_a_text_in_a_pipe_has_no_colours_and_no_line_is_too_long(
     assert not Path("figures").exists()
 
 
-# What cannot be drawn
+# Bad input
 
 
 @pytest.mark.parametrize(
@@ -379,75 +378,75 @@ def test_a_text_in_a_pipe_has_no_colours_and_no_line_is_too_long(
         (["--head", 2], r"there is no head 2; .* has heads 0 to 1"),
         (["--tokens", "e", "ab"], r"--tokens 'ab' is 2 tokens of bytes, not one"),
         (["--tokens", ""], r"--tokens '' is 0 tokens"),
-        (["--ids", "250-257"], r"--ids 250-257 is no range of the ids 0 to 256"),
-        (["--ids", "9-3"], r"--ids 9-3 is no range"),
-        (["--text", ""], r"the text is empty"),
-        (["--compare", "out/nothing"], r"out/nothing has no metrics.jsonl; name a run's folder"),
-        (["--out", "out"], r"out holds files that are not of visualize.py; name another folder"),
+        (["--ids", "250-257"], r"--ids 250-257 is not a range of ids 0 to 256"),
+        (["--ids", "9-3"], r"--ids 9-3 is not a range"),
+        (["--text", ""], r"--text has no tokens"),
+        (["--compare", "out/nothing"], r"out/nothing has no metrics.jsonl; pass a run folder"),
+        (["--out", "out"], r"out contains files that visualize.py did not write; choose another folder"),
         (["--out", "out/run/metrics.jsonl"], r"out/run/metrics.jsonl is a file"),
     ],
 )
-def test_one_sentence_for_what_cannot_be_drawn(flags: list, message: str, made: Path, run: Callable[..., None]) -> None:
+def test_bad_input_is_named_and_writes_nothing(flags: list, message: str, made: Path, run: Callable[..., None]) -> None:
     before = sorted(Path(".").rglob("*"))
     with pytest.raises(ValueError, match=message):
         run("--out", "figures", *flags)
     assert sorted(Path(".").rglob("*")) == before
 
 
-def test_a_run_without_figures_is_named(made: Path, run: Callable[..., None]) -> None:
+def test_a_run_without_metrics_is_named(made: Path, run: Callable[..., None]) -> None:
     empty = Path("out/empty")
     empty.mkdir()
     (empty / "metrics.jsonl").write_text('{"step": 1, "tok')
-    with pytest.raises(ValueError, match=r"out/empty/metrics.jsonl holds no figures of training yet"):
+    with pytest.raises(ValueError, match=r"out/empty/metrics.jsonl has no training metrics yet"):
         run("--out", "figures", "--compare", empty)
 
 
-def test_a_model_without_tokenizer_or_with_a_larger_or_not_finite(tmp_path: Path, run: Callable[..., None]) -> None:
+def test_a_model_without_tokenizer_with_a_larger_one_or_non_finite(tmp_path: Path, run: Callable[..., None]) -> None:
     small(tmp_path / "bare", tokenizer=None)
     with pytest.raises(ValueError, match=r"bare holds no tokenizer that can be read"):
         run(tmp_path / "bare", "--out", tmp_path / "figures")
     small(tmp_path / "narrow", vocab_size=100)
-    with pytest.raises(ValueError, match=r"narrow has id 256, the model only 100 tokens"):
+    with pytest.raises(ValueError, match=r"narrow has id 256, but the model only 100 tokens"):
         run(tmp_path / "narrow", "--out", tmp_path / "figures")
-    model = small(tmp_path / "spoilt")
+    model = small(tmp_path / "broken")
     model.wpe.weight.data[3, 3] = torch.nan
-    model.save_pretrained(tmp_path / "spoilt")
-    with pytest.raises(ValueError, match=r"spoilt has values in wpe.weight that are not finite"):
-        run(tmp_path / "spoilt", "--out", tmp_path / "figures")
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"broken has non-finite values in wpe.weight"):
+        run(tmp_path / "broken", "--out", tmp_path / "figures")
     assert not (tmp_path / "figures").exists()
 
 
 @pytest.mark.usefixtures("attention_only")
-def test_a_long_text_keeps_its_end_and_says_so(
+def test_a_long_text_is_cut_to_its_end_with_a_message(
     made: Path, run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("--out", "figures", "--text", "x" * 25)
-    assert "the text is longer than 24 tokens; its last 24 are shown" in capsys.readouterr().err
+    assert "the text is longer than 24 tokens; showing the last 24" in capsys.readouterr().err
     assert Image.open("figures/attention.gif").n_frames == 24
 
 
 @pytest.mark.usefixtures("attention_only")
-def test_only_a_folder_of_ours_is_written_again(made: Path, run: Callable[..., None]) -> None:
+def test_only_our_own_folder_is_overwritten(made: Path, run: Callable[..., None]) -> None:
     Path("figures").mkdir()
     Path("figures/index.html").write_text("<p>someone else's</p>")
-    with pytest.raises(ValueError, match=r"holds files that are not of visualize\.py"):
+    with pytest.raises(ValueError, match=r"contains files that visualize\.py did not write"):
         run("--out", "figures")
-    Path("figures/index.html").write_text(f"<html>{MADE_HERE}</html>")  # as one that was broken off leaves it
+    Path("figures/index.html").write_text(f"<html>{MADE_HERE}</html>")  # as left by an interrupted run
     Path("figures/notes.txt").write_text("mine")
     run("--out", "figures")
     check_page(Path("figures"))
     assert Path("figures/notes.txt").read_text() == "mine"
 
 
-def test_what_is_wrong_ends_with_one_sentence_and_code_1(made: Path) -> None:
+def test_bad_input_exits_with_one_line_and_code_1(made: Path) -> None:
     command = [sys.executable, SCRIPT, "--out", "out"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 1
-    assert re.fullmatch(r"error: out holds files that are not of visualize.py; [^\n]*\n", done.stderr)
+    assert re.fullmatch(r"error: out contains files that visualize.py did not write; [^\n]*\n", done.stderr)
 
 
 @pytest.mark.parametrize("flags", [["--ids", "many"], ["--head", "first"], ["--compare"], ["--paint"]])
-def test_wrong_usage_ends_with_code_2(
+def test_wrong_usage_exits_with_code_2(
     flags: list[str], run: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
