@@ -1,4 +1,4 @@
-"""Measure speed: `python bench.py train` of training, `sample` of writing text beside transformers, `data` of data."""
+"""Measure the speed of training, generation and data: `python bench.py train`, `sample` or `data`."""
 
 import argparse
 import contextlib
@@ -32,69 +32,65 @@ from gpt2_scratch.cpu.decode import prepare
 from gpt2_scratch.dataset import TokenDataset, read_meta, training_batches, write_shards
 from gpt2_scratch.device import describe, peak_flops, pick_device, pick_dtype
 from gpt2_scratch.generation import Generation
+from gpt2_scratch.metrics import MetricsLog
 from gpt2_scratch.sources import plays
 from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
 
-ROUNDS = 5  # of which the median is taken
+ROUNDS = 5  # intervals per setting; the median is reported
 SIZES = {"124m": (12, 12, 768), "350m": (24, 16, 1024), "774m": (36, 20, 1280), "1558m": (48, 25, 1600)}
 
 
 def parse_args() -> argparse.Namespace:
     few, many = partial(count, most=4096), partial(count, most=10**6)
-    parser = argparse.ArgumentParser(description="Measure speed; nothing is printed that this run did not measure.")
+    parser = argparse.ArgumentParser(description="Measure speed. Every number printed is measured in this run.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="WHAT")
-    train = commands.add_parser("train", help="tokens per second of train.py's loop, data included, for some settings")
-    train.add_argument("config", nargs="?", default="configs/gpt2_124m.toml", metavar="CONFIG.toml")
-    train.add_argument(
-        *("--set", "-s"),
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE,VALUE",
-        help="settings of train.py; of several values each is measured: batch_size=4,8 optimizer=adamw,muon",
-    )
-    train.add_argument("--steps", type=many, default=10, help="measured, after a fifth as many (default: 10)")
-    train.add_argument("--profile", type=Path, metavar="FILE", help="write a trace of the first setting, for Perfetto")
-    for name in OTHERS:
-        train.add_argument(
-            f"--{name}", type=Path, metavar="FOLDER", help="a clone of it, timed as it ships beside the first setting"
-        )
+    train = commands.add_parser("train", help="train.py's loop, data included, in tokens per second")
     train.set_defaults(run=bench_train)
-    sample = commands.add_parser("sample", help="tokens per second of writing text, beside transformers' generate")
+    train.add_argument("config", nargs="?", default="configs/gpt2_124m.toml", metavar="CONFIG.toml")
+    settings = "settings of train.py; times every combination of values: batch_size=4,8 optimizer=adamw,muon"
+    train.add_argument("--set", "-s", nargs="+", default=[], metavar="KEY=VALUE,VALUE", help=settings)
+    train.add_argument("--steps", type=many, default=10, help="steps to time, after a fifth as warm-up (default: 10)")
+    train.add_argument("--profile", type=Path, metavar="FILE", help="write a Perfetto trace of the first combination")
+    for name in OTHERS:
+        clone = f"also time {name} from this clone, with the sizes of the first combination"
+        train.add_argument(f"--{name}", type=Path, metavar="FOLDER", help=clone)
+    sample = commands.add_parser("sample", help="generation in tokens per second, compared with transformers")
+    sample.set_defaults(run=bench_sample)
     sample.add_argument("--model", choices=SIZES, default="124m", help="size, with random weights (default: 124m)")
     sample.add_argument("--batch_sizes", type=few, nargs="+", default=[1, 8, 64], help="(default: 1 8 64)")
     sample.add_argument("--prompt_tokens", type=few, default=32, help="(default: 32)")
-    new_tokens = partial(count, least=3, most=4096)  # times are of those after the second
-    sample.add_argument("--new_tokens", type=new_tokens, default=128, help="a round (default: 128)")
-    sample.add_argument("--rounds", type=many, default=3, help="medians of so many (default: 3)")
+    new_tokens = partial(count, least=3, most=4096)  # transformers' first two count as start-up
+    sample.add_argument("--new_tokens", type=new_tokens, default=128, help="per round (default: 128)")
+    sample.add_argument("--rounds", type=many, default=3, help="the median is reported (default: 3)")
     dtypes = ["auto", "float32", "bfloat16", "float16", "int8"]
-    sample.add_argument("--dtypes", nargs="+", choices=dtypes, default=["auto"], help="ours (default: auto)")
+    sample.add_argument("--dtypes", nargs="+", choices=dtypes, default=["auto"], help="of our model (default: auto)")
     sample.add_argument("--device", default="auto")
-    sample.add_argument("--compile", action="store_true", help="ours: compiled steps")
-    sample.set_defaults(run=bench_sample)
-    data = commands.add_parser("data", help="tokens per second of preparing data, beside tiktoken, and of reading it")
-    data.add_argument("--megabytes", type=few, default=120, help="text to prepare (default: 120)")
-    data.add_argument("--workers", type=partial(count, most=256), nargs="+", default=[1, 2], help="(default: 1 2)")
-    data.add_argument("--shards", type=few, default=100, help="to read, of 100M tokens each (default: 100)")
+    sample.add_argument("--compile", action="store_true", help="compile our decoding step")
+    data = commands.add_parser("data", help="tokenizing, compared with tiktoken, and reading, in tokens per second")
     data.set_defaults(run=bench_data)
+    data.add_argument("--megabytes", type=few, default=120, help="text to tokenize (default: 120)")
+    data.add_argument("--workers", type=partial(count, most=256), nargs="+", default=[1, 2], help="(default: 1 2)")
+    data.add_argument("--shards", type=few, default=100, help="shards of 100M tokens to read (default: 100)")
     args = parser.parse_args()
     if args.command == "sample" and args.prompt_tokens + args.new_tokens > GPTConfig.block_size:
-        parser.error(f"--prompt_tokens and --new_tokens must be at most {GPTConfig.block_size:,} together")
+        parser.error(f"--prompt_tokens and --new_tokens must add up to at most {GPTConfig.block_size:,}")
     return args
 
 
-def seconds(function: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
+def seconds(function: Callable[[], object], device: torch.device | None = None) -> float:
+    on_cuda = device is not None and device.type == "cuda"
+    if on_cuda:
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
     function()
-    if device.type == "cuda":
+    if on_cuda:
         torch.cuda.synchronize(device)
     return time.perf_counter() - begin
 
 
 def peak_memory() -> float:
-    """The most bytes that this process has held, NaN on Windows."""
+    """This process's peak resident memory in bytes, NaN on Windows."""
     try:
         import resource
     except ImportError:
@@ -103,84 +99,85 @@ def peak_memory() -> float:
 
 
 class Measured(Exception):
-    """Every line that a measurement needs has been written."""
+    """Training has logged every interval that we time."""
 
 
 def bench_train(args: argparse.Namespace) -> None:
     names = [pair.partition("=")[0] for pair in args.set]
-    variants = list(itertools.product(*(pair.partition("=")[2].split(",") for pair in args.set)))
+    combinations = list(itertools.product(*(pair.partition("=")[2].split(",") for pair in args.set)))
     interval = max(1, args.steps // ROUNDS)
-    own = {"run_name": "bench", "max_steps": interval * (ROUNDS + 1), "log_interval": interval, "eval_interval": 0}
-    own |= {"warmup_steps": 1, "checkpoint_interval": 0, "verify_data": False, "resume": False, "wandb_project": ""}
-    configs = [
-        dataclasses.replace(parse_config([args.config, *(f"--{n}={v}" for n, v in zip(names, values))]), **own)
-        for values in variants
-    ]
-    if configs[0].batch_size == "auto" and any(getattr(args, name) for name in OTHERS):
-        raise UserError("beside another program the first batch_size must be a number")
-    rows: list[tuple[str, float]] = []
+    fixed = {"run_name": "bench", "max_steps": interval * (ROUNDS + 1), "log_interval": interval, "eval_interval": 0}
+    fixed |= {"warmup_steps": 1, "checkpoint_interval": 0, "verify_data": False, "resume": False, "wandb_project": ""}
+    configs = []
+    for values in combinations:
+        flags = [f"--{name}={value}" for name, value in zip(names, values)]
+        configs.append(dataclasses.replace(parse_config([args.config, *flags]), **fixed))
+    first = configs[0]
+    clones = {name: clone for name in OTHERS if (clone := getattr(args, name))}
+    if clones and first.batch_size == "auto":
+        raise UserError("other programs cannot use batch_size=auto; set a number")
+    rates: list[tuple[str, float]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data").mkdir()
-        # Random tokens of GPT-2's vocabulary, unless data is set: what they are does not change the speed.
+        # Random tokens of GPT-2's vocabulary unless `data` is set: the speed does not depend on their values.
         ids = np.random.default_rng(0).integers(50257, size=2**22, dtype=np.uint16)
         shards = {split: write_shards(folder / "data", split, [ids], 50257) for split in ("train", "val")}
-        (folder / "data" / "meta.json").write_text(
-            json.dumps({"tokenizer": "gpt2", "vocab_size": 50257, "shards": shards})
-        )
+        write_meta(folder / "data", shards)
+        device = describe(pick_device(first.device))
         print(
-            f"{args.config} on {describe(pick_device(configs[0].device))}, torch {torch.__version__}; train.py's own "
-            f"loop, {ROUNDS} x {interval} steps of each, the median"
+            f"{args.config} on {device}, torch {torch.__version__}; train.py's loop, median of {ROUNDS} x {interval} steps"
         )
-        print("| settings | tokens/s | slowest | MFU | of a matrix product | peak GiB | start s |\n|" + "---|" * 7)
-        for values, cfg in zip(variants, configs):
-            trace = args.profile.resolve() if args.profile and not rows else None
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # with memory of its own
-                data = str(Path(cfg.data).resolve() if "data" in names else folder / "data")
-                found = pool.submit(time_training, dataclasses.replace(cfg, data=data), folder, trace).result()
-            settings = " ".join(f"{n}={v}" for n, v in zip(names, values)) or "as it is"
-            rows.append((settings, found["rate"]))
-            mfu = "" if found["mfu"] is None else f"{found['mfu']:.1%}"
-            print(
-                f"| {settings} | {found['rate']:,.0f} | {found['slowest']:,.0f} | {mfu} | {found['of_product']:.1%} | "
-                f"{found['memory']:.1f} | {found['start']:.1f} |",
-                flush=True,
-            )
-        for name, time_other in OTHERS.items():
-            if clone := getattr(args, name):
-                rows.append((f"{name} as it ships", time_other(clone, folder / name, ids, configs[0])))
-                print(f"| {rows[-1][0]}, batch_size={configs[0].batch_size} | {rows[-1][1]:,.0f} |", flush=True)
-    for settings, rate in rows[1:]:
-        print(f"{rows[0][0]}: {rows[0][1] / rate:.2f} times {settings}")
+        print("| settings | tokens/s | slowest | MFU | of matmul | peak GiB | start s |\n|" + "---|" * 7)
+        for values, cfg in zip(combinations, configs):
+            trace = args.profile.resolve() if args.profile and not rates else None
+            data = str(Path(cfg.data).resolve() if "data" in names else folder / "data")
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # for its own peak memory
+                row = pool.submit(time_training, dataclasses.replace(cfg, data=data), folder, trace).result()
+            settings = " ".join(f"{name}={value}" for name, value in zip(names, values)) or "unchanged"
+            rates.append((settings, row["rate"]))
+            mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+            speed = f"{row['rate']:,.0f} | {row['slowest']:,.0f} | {mfu} | {row['of_matmul']:.1%}"
+            print(f"| {settings} | {speed} | {row['memory']:.1f} | {row['start']:.1f} |", flush=True)
+        for name, clone in clones.items():
+            rates.append((name, OTHERS[name](clone, folder / name, ids, first)))
+            print(f"| {name}, batch_size={first.batch_size} | {rates[-1][1]:,.0f} |", flush=True)
+    for settings, rate in rates[1:]:
+        print(f"{rates[0][0]}: {rates[0][1] / rate:.2f} times as fast as {settings}")
+
+
+def write_meta(folder: Path, shards: dict[str, list[dict]]) -> None:
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "shards": shards}
+    (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[str, float | None]:
-    """Run train.py's loop until it has logged enough; figures of the intervals after the first."""
-    import train  # a script; only the process that measures needs it
-    from gpt2_scratch import run
+    """Run train.py's loop and measure every logged interval but the first."""
+    import train  # slow to import, and needed only in the process that measures
 
     os.chdir(folder)
     shutil.rmtree("out", ignore_errors=True)
     lines: list[tuple[float, dict]] = []
     profiler = torch.profiler.profile() if trace else None
 
-    class Log(run.MetricsLog):
-        def write(self, figures: dict[str, float | int]) -> None:
-            super().write(figures)
-            lines.append((time.perf_counter(), figures))
-            if profiler and len(lines) == 1:
-                profiler.start()
-            if profiler and len(lines) == 2:
-                profiler.stop()
-                profiler.export_chrome_trace(str(trace))
-            if len(lines) == ROUNDS + 1:
-                raise Measured
+    write = MetricsLog.write
 
-    run.MetricsLog = Log
+    def write_timed(log: MetricsLog, metrics: dict[str, float | int]) -> None:
+        write(log, metrics)
+        lines.append((time.perf_counter(), metrics))
+        if profiler and len(lines) == 1:
+            profiler.start()
+        if profiler and len(lines) == 2:
+            profiler.stop()
+            profiler.export_chrome_trace(str(trace))
+        if len(lines) == ROUNDS + 1:
+            raise Measured
+
+    MetricsLog.write = write_timed  # in this process only
     begin = time.perf_counter()
     with contextlib.suppress(Measured), contextlib.redirect_stdout(sys.stderr):
         train.train(cfg)
-    rates = [figures["tokens_per_sec"] for _, figures in lines[1:]]
+    rates = [metrics["tokens_per_sec"] for _, metrics in lines[1:]]
     rate, device = statistics.median(rates), pick_device(cfg.device)
     with torch.device("meta"):
         flops = GPT(shape(cfg, read_meta(cfg.data)["vocab_size"])).flops_per_token()
@@ -190,27 +187,27 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
         "rate": rate,
         "slowest": min(rates),
         "mfu": peak and rate * flops / peak,
-        "of_product": rate * flops / product_flops(device, pick_dtype(cfg.dtype, device)),
+        "of_matmul": rate * flops / matmul_flops(device, pick_dtype(cfg.dtype, device)),
         "memory": memory / 2**30,
         "start": lines[0][0] - begin - cfg.log_interval * cfg.total_batch_size / rate,
     }
 
 
 def shape(cfg: TrainConfig, vocab_size: int = 50257) -> GPTConfig:
-    """The network that train.py makes from scratch; 0 stands for GPT-2 124M's."""
+    """The shape that train.py builds from scratch; settings of 0 keep GPT-2 124M's."""
     sizes = {name: getattr(cfg, name) for name in ("n_layer", "n_head", "n_embd", "block_size")}
     return GPTConfig(vocab_size=vocab_size, **{name: value for name, value in sizes.items() if value})
 
 
-def product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of ten."""
+def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product, best of ten."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device).to(dtype)
     return 2 * n**3 / min(seconds(lambda: a @ a, device) for _ in range(10))
 
 
 def time_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -> float:
-    """Tokens per second of nanoGPT's train.py, with its own settings but for sizes, batch and device."""
+    """Tokens per second of nanoGPT's train.py with its own settings, except sizes, batch and device."""
     shutil.copytree(clone, folder, ignore=shutil.ignore_patterns(".git"))
     (folder / "data" / "bench").mkdir(parents=True)
     for split in ("train", "val"):
@@ -227,12 +224,12 @@ def time_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -
 
 
 def time_build_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -> float:
-    """Tokens per second that build-nanogpt's train_gpt2.py prints, compiled, without HellaSwag and its downloads."""
+    """Tokens per second of build-nanogpt's train_gpt2.py, compiled, with HellaSwag and its downloads stubbed out."""
     shutil.copytree(clone, folder, ignore=shutil.ignore_patterns(".git"))
     (folder / "edu_fineweb10B").mkdir()
     for split in ("train", "val"):
         np.save(folder / "edu_fineweb10B" / f"{split}.npy", ids)
-    (folder / "tiktoken.py").write_text("def get_encoding(name): pass\n")  # it loads what it then does not use
+    (folder / "tiktoken.py").write_text("def get_encoding(name): pass\n")  # created but not used
     (folder / "hellaswag.py").write_text("render_example = iterate_examples = None\n")
     gpt = shape(cfg)
     sizes = f"block_size={gpt.block_size}, n_layer={gpt.n_layer}, n_head={gpt.n_head}, n_embd={gpt.n_embd}"
@@ -242,7 +239,7 @@ def time_build_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainCon
     for name, value in values.items():
         source, n = re.subn(rf"^{name} = .*", f"{name} = {value}", source, flags=re.MULTILINE)
         if n != 1:
-            raise UserError(f"train_gpt2.py in {clone} sets {name} {n} times, not once; is it build-nanogpt's?")
+            raise UserError(f"{clone}/train_gpt2.py sets {name} {n} times, not once; pass a clone of build-nanogpt")
     (folder / "train_gpt2.py").write_text(source, encoding="utf-8")
     return median_printed(r"tok/sec: ([\d.]+)", ["train_gpt2.py"], folder, cfg)
 
@@ -251,26 +248,26 @@ OTHERS = {"nanogpt": time_nanogpt, "build_nanogpt": time_build_nanogpt}
 
 
 def median_printed(pattern: str, command: list[str], folder: Path, cfg: TrainConfig) -> float:
-    """The median of the numbers that a program prints, one a step, once it has warmed up.
+    """Run a program and return the median of the numbers it prints, one per step, after the warm-up.
 
     Raises:
-        UserError: it ends badly.
+        UserError: the program fails.
     """
     done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
     printed = [float(number) for number in re.findall(pattern, done.stdout, re.MULTILINE)]
     if done.returncode or len(printed) <= cfg.log_interval:
-        raise UserError(f"{command[0]} in {folder.name} ended badly: {done.stderr.strip().splitlines()[-1:]}")
+        raise UserError(f"{command[0]} of {folder.name} failed: {done.stderr.strip().splitlines()[-1:]}")
     return statistics.median(printed[cfg.log_interval :])
 
 
 def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a sum over 1 GiB reads, the best of ten."""
+    """Bytes per second that a sum over 1 GiB reads, best of ten."""
     block = torch.ones(2**28, device=device)
     return block.nbytes / min(seconds(block.sum, device) for _ in range(10))
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes that one token reads: the weights of all products, each once."""
+    """Bytes of the weights that decoding a token reads: those of every matrix product, once."""
     total = 0
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -279,83 +276,74 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return total
 
 
-def ours(model: GPT, prompt: list[list[int]], new_tokens: int, compile: bool, device: torch.device) -> tuple:
-    """Seconds of start-up (cache, prefill and the first token; compilation) and of each later token."""
-    made: list[Generation] = []
+def ours(model: GPT, new_tokens: int, compile: bool, prompt: torch.Tensor) -> tuple[float, float]:
+    """Seconds of start-up (cache, prefill, first token, compilation), and per later token."""
+    started: list[Generation] = []
 
-    def begin() -> None:
-        made.append(Generation(model, prompt, new_tokens, temperature=0, compile=compile))
-        made[0].step()[0].tolist()
+    def start() -> None:
+        started.append(Generation(model, prompt.tolist(), new_tokens, temperature=0, compile=compile))
+        started[0].step()[0].tolist()
 
-    def go_on() -> None:
+    def finish() -> None:
         for _ in range(new_tokens - 1):
-            made[0].step()[0].tolist()  # to the host, as a reader of the text would have it
+            started[0].step()[0].tolist()  # copied to the host, as for a reader
 
-    return seconds(begin, device), seconds(go_on, device) / (new_tokens - 1)
+    return seconds(start, prompt.device), seconds(finish, prompt.device) / (new_tokens - 1)
 
 
-def theirs(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int, device: torch.device) -> tuple:
-    """The same of transformers' generate: the time of two tokens, and of each one beyond."""
+def theirs(model: torch.nn.Module, new_tokens: int, prompt: torch.Tensor) -> tuple[float, float]:
+    """The same for transformers' generate: seconds of the first two tokens, and per later token."""
 
     def generate(n: int) -> None:
         model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
 
-    few = seconds(lambda: generate(2), device)
-    return few, (seconds(lambda: generate(new_tokens), device) - few) / (new_tokens - 2)
+    start = seconds(lambda: generate(2), prompt.device)
+    return start, (seconds(lambda: generate(new_tokens), prompt.device) - start) / (new_tokens - 2)
 
 
 def bench_sample(args: argparse.Namespace) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import, and each measured process imports this file
+    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import, and worker processes import this file
 
     device = pick_device(args.device)
-    n_layer, n_head, n_embd = SIZES[args.model]
     print(
         f"GPT-2 {args.model}, {args.prompt_tokens} + {args.new_tokens} tokens, greedy, torch {torch.__version__}, "
-        f"{describe(device)}; medians of {args.rounds} rounds in turn"
+        f"{describe(device)}; medians of {args.rounds} interleaved rounds"
     )
     print("| batch | program | dtype | start s | tokens/s | per row | weights GB/s | of bandwidth |\n|" + "---|" * 8)
-    config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-    half = pick_dtype("auto", device, training=False)
-    contenders: dict[tuple[str, str], Callable] = {}
-    sizes: dict[tuple[str, str], int] = {}
-
+    sizes = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[args.model]))
+    contenders: dict[tuple[str, str], tuple[Callable, int]] = {}  # by program and dtype; with the bytes of weights
     for name in args.dtypes:
         int8 = name == "int8"
         dtype = pick_dtype("auto" if int8 else name, device, training=False)
-        model = prepare(GPT(config).eval().to(device, dtype), int8, args.compile)
+        model = prepare(GPT(GPTConfig(**sizes)).eval().to(device, dtype), int8, args.compile)
         key = ("gpt2-scratch", "int8" if int8 else str(dtype).removeprefix("torch."))
-        contenders[key] = lambda prompt, model=model: ours(
-            model, prompt.tolist(), args.new_tokens, args.compile, device
-        )
-        sizes[key] = weight_bytes(model)
-    for dtype in dict.fromkeys([torch.float32, half]):
-        hf = GPT2LMHeadModel(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).eval().to(device, dtype)
+        contenders[key] = partial(ours, model, args.new_tokens, args.compile), weight_bytes(model)
+    for dtype in dict.fromkeys([torch.float32, pick_dtype("auto", device, training=False)]):
+        model = GPT2LMHeadModel(GPT2Config(**sizes)).eval().to(device, dtype)
         key = ("transformers", str(dtype).removeprefix("torch."))
-        contenders[key] = lambda prompt, hf=hf: theirs(hf, prompt, args.new_tokens, device)
-        sizes[key] = weight_bytes(hf)
+        contenders[key] = partial(theirs, model, args.new_tokens), weight_bytes(model)
 
     for batch_size in args.batch_sizes:
-        prompt = torch.randint(config.vocab_size, (batch_size, args.prompt_tokens), device=device)
-        rounds: dict[tuple[str, str], list[tuple]] = {key: [] for key in contenders}
+        prompt = torch.randint(GPTConfig.vocab_size, (batch_size, args.prompt_tokens), device=device)
+        times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in contenders}
         bandwidths = []
         for _ in range(args.rounds):
             bandwidths.append(read_bandwidth(device))
-            for key, run in contenders.items():
-                rounds[key].append(run(prompt))
+            for key, (run, _) in contenders.items():
+                times[key].append(run(prompt))
         bandwidth = statistics.median(bandwidths)
-        per_token = {key: statistics.median(token for _, token in times) for key, times in rounds.items()}
-        for key, times in rounds.items():
-            start, token = statistics.median(start for start, _ in times), per_token[key]
-            rate = sizes[key] / token
+        per_token: dict[tuple[str, str], float] = {}
+        for key, (_, n_bytes) in contenders.items():
+            start, token = (statistics.median(column) for column in zip(*times[key]))
+            per_token[key] = token
             print(
                 f"| {batch_size} | {key[0]} | {key[1]} | {start:.2f} | {batch_size / token:.1f} | {1 / token:.1f} | "
-                f"{rate / 1e9:.1f} | {rate / bandwidth:.0%} |"
+                f"{n_bytes / token / 1e9:.1f} | {n_bytes / token / bandwidth:.0%} |"
             )
-        best_hf = min(token for key, token in per_token.items() if key[0] == "transformers")
-        first = next(iter(contenders))
+        best = min(token for (program, _), token in per_token.items() if program == "transformers")
         print(
-            f"batch {batch_size}: {best_hf / per_token[first]:.2f} times transformers' better dtype; "
-            f"a sum reads {bandwidth / 1e9:.1f} GB/s",
+            f"batch {batch_size}: {best / next(iter(per_token.values())):.2f} times as fast as transformers in its "
+            f"better dtype; a sum reads {bandwidth / 1e9:.1f} GB/s",
             flush=True,
         )
 
@@ -373,7 +361,7 @@ def count_tokens(texts: list[str]) -> int:
 def bench_data(args: argparse.Namespace) -> None:
     plays_text = "".join(piece.text for piece in plays())
     texts, size = [], 0
-    while size < args.megabytes * 10**6:  # documents of about 4 kB, no two alike
+    while size < args.megabytes * 10**6:  # distinct documents of about 4 kB
         begin = len(texts) * 4000 % (len(plays_text) - 4000)
         texts.append(f"{len(texts)} {plays_text[begin : begin + 4000]}")
         size += len(texts[-1].encode())
@@ -389,9 +377,7 @@ def bench_data(args: argparse.Namespace) -> None:
                 plain = time.perf_counter() - begin_time
             script = [sys.executable, Path(__file__).with_name("prepare_data.py"), "text", "texts.jsonl.gz"]
             command = [*script, "--workers", str(workers), "--name", f"with-{workers}"]
-            begin_time = time.perf_counter()
-            subprocess.run(command, cwd=folder, check=True, capture_output=True)
-            whole = time.perf_counter() - begin_time
+            whole = seconds(partial(subprocess.run, command, cwd=folder, check=True, capture_output=True))
             print(
                 f"{workers} processes, {size / 1e6:.0f} MB as .jsonl.gz: {tokens / whole:,.0f} tokens/s with start-up; "
                 f"tiktoken alone, from memory: {tokens / plain:,.0f}; ratio {plain / whole:.2f}",
@@ -401,7 +387,7 @@ def bench_data(args: argparse.Namespace) -> None:
 
 
 def bench_reading(folder: Path, n_shards: int, shard_tokens: int = 10**8) -> None:
-    """Open and read shards of zeros, which take no room: what it costs to find and read the windows."""
+    """Time opening and reading sparse shards of zeros."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, shard_tokens
     entries = [{"file": f"train_{i:06d}.bin", "tokens": shard_tokens, "sha256": ""} for i in range(n_shards)]
@@ -409,16 +395,13 @@ def bench_reading(folder: Path, n_shards: int, shard_tokens: int = 10**8) -> Non
         with (folder / entry["file"]).open("wb") as file:
             file.write(header.tobytes())
             file.truncate(1024 + 2 * shard_tokens)
-    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "shards": {"train": entries, "val": entries[:1]}}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    write_meta(folder, {"train": entries, "val": entries[:1]})
     begin = time.perf_counter()
     dataset = TokenDataset(folder, "train", 1024, verify=False)
     opened = time.perf_counter() - begin
     options = {"seed": 1, "consumed": 0, "sequences_per_step": 512, "batch_size": 32, "rank": 0, "world_size": 1}
     batches = training_batches(dataset, **options)
-    begin = time.perf_counter()
-    next(batches)
-    first = time.perf_counter() - begin
+    first = seconds(partial(next, batches))
     before = peak_memory()
     begin, n = time.process_time(), 2000
     for _ in range(n):
@@ -427,14 +410,15 @@ def bench_reading(folder: Path, n_shards: int, shard_tokens: int = 10**8) -> Non
     grown = (peak_memory() - before) / 2**20
     print(
         f"{n_shards} shards, {n_shards * shard_tokens:,} tokens: opened in {opened * 1e3:.0f} ms, first batch after "
-        f"{first * 1e3:.0f} ms; {rate:,.0f} batches of 32 x 1,024 and {rate * 32 * 1024:,.0f} tokens a second of one "
-        f"core; memory grew by {grown:.1f} MiB over {n:,} batches"
+        f"{first * 1e3:.0f} ms; {rate:,.0f} batches of 32 x 1,024 and {rate * 32 * 1024:,.0f} tokens per second of "
+        f"CPU time; memory grew by {grown:.1f} MiB over {n:,} batches"
     )
 
 
-def main(args: argparse.Namespace) -> None:
+def main() -> None:
+    args = parse_args()
     args.run(args)
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse_args()))
+    run_script(main)

@@ -394,12 +394,12 @@ def test_sample_bad_input(
     assert ended.value.code == code or (isinstance(code, str) and ended.value.code.startswith(code))
 
 
-def test_bench_times_the_loop_of_training(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+def test_bench_times_training(workplace: Path, capsys: pytest.CaptureFixture) -> None:
     sizes = "n_layer=1 n_head=1 n_embd=8 block_size=16 batch_size=2,4 total_batch_size=64 device=cpu compile=false"
     command = ["train", TINY[0], "--set", *sizes.split(), "--steps", "5", "--profile", "t.json"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["bench.py", *command])
-        bench.main(bench.parse_args())
+        bench.main()
     lines = capsys.readouterr().out.splitlines()
     rates = [float(line.split("|")[2].replace(",", "")) for line in lines if "batch_size=" in line and "|" in line]
     assert len(rates) == 2 and min(rates) > 0
