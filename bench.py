@@ -125,9 +125,7 @@ def bench_train(args: argparse.Namespace) -> None:
         shards = {split: write_shards(folder / "data", split, [ids], 50257) for split in ("train", "val")}
         write_meta(folder / "data", shards)
         device = describe(pick_device(first.device))
-        print(
-            f"{args.config} on {device}, torch {torch.__version__}; train.py's loop, median of {ROUNDS} x {interval} steps"
-        )
+        print(f"{args.config} on {device}, torch {torch.__version__}; medians of {ROUNDS} x {interval} training steps")
         print("| settings | tokens/s | slowest | MFU | of matmul | peak GiB | start s |\n|" + "---|" * 7)
         for values, cfg in zip(combinations, configs):
             trace = args.profile.resolve() if args.profile and not rates else None

@@ -295,7 +295,7 @@ def read_curves(run: Path) -> tuple[Columns, Columns]:
 
 
 def published_loss(run: Path) -> float | None:
-    """Loss of GPT-2's published weights of the run's size on its data, or None if unknown or of another vocabulary."""
+    """Loss of GPT-2's published weights on the run's data, if known for its size and it uses GPT-2's vocabulary."""
     try:
         data = Path(tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))["data"]).name
         newest = checkpoints(run)[-1]
@@ -338,7 +338,7 @@ def save(subject: Subject, figure: Figure, file: str) -> str:
 def heatmap(
     axes: Axes, values: Tensor, limit: float = 0, rows: Sequence[str] = (), scale: str = "value", **names: str
 ) -> None:
-    """An image of values (rows, columns), white at 0. The colours saturate at `limit`, or the 99.5th percentile."""
+    """An image of values (rows, columns), white at 0, whose colours saturate at `limit` or the 99.5th percentile."""
     limit = limit or float(np.quantile(values.abs().numpy(), 0.995)) or 1.0
     colours = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
     image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colours)
@@ -363,7 +363,7 @@ def bars(axes: Axes, labels: list[str], values: Sequence[float], text: str = "{:
 def draw_tokens(
     subject: Subject, title: str, file: str, ids: Sequence[int], notes: Sequence[object] = (), colours: Sequence = ()
 ) -> str:
-    """Tokens in coloured boxes, with a note (default: the id) below each."""
+    """Draw tokens in coloured boxes, with a note (default: the id) below each."""
     columns, line_height = 130, 0.42  # characters, inches
     notes, colours = [str(note) for note in notes or ids], colours or list(PASTELS.values())
     labels = [subject.label(token) for token in ids]
@@ -402,6 +402,7 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
     figure = new_figure(subject, f"Training, {len(runs)} runs" if len(runs) > 1 else "Training", 15, 7.5)
     by_tokens, by_time, rate, norm, speed = figure.subplot_mosaic("AAABBB;CCDDEE").values()
     unit, per_hour = ("hours", 1) if max(train["hours"][-1] for train, _ in runs.values()) > 2 else ("minutes", 60)
+    small = {rate: "lr", norm: "grad_norm", speed: "tokens_per_sec"}
     for number, (run, (train, val)) in enumerate(runs.items()):
         style = {"color": f"C{number}", "linewidth": 0.8, "marker": ".", "markersize": 2}  # points between NaNs show
         last = f": {val['val_loss'][-1]:.3f}" if len(val["val_loss"]) else ""
@@ -409,20 +410,19 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
             axes.plot(train[x] * scale, train["train_loss"], alpha=0.5, **style)
             large = style | {"marker": "o", "markersize": 4}
             axes.plot(val[x] * scale, val["val_loss"], label=run.name + last, **large)
-        for axes, y in ((rate, "lr"), (norm, "grad_norm"), (speed, "tokens_per_sec")):
+        for axes, y in small.items():
             axes.plot(train["tokens"], train[y], **style)
     for axes in (by_tokens, by_time):
         for loss in {published_loss(run) for run in runs} - {None}:
             axes.axhline(loss, color="gray", linestyle="--", label=f"published GPT-2: {loss}")
         axes.legend(title="final validation loss")
         axes.set(title="loss (thin: training, dots: validation)", ylabel="nats per token", xlabel=f"{unit} of training")
-    rate.set(title="learning rate", ylabel="learning rate", ylim=(0, None))
-    norm.set(title="gradient norm before clipping", ylabel="norm", ylim=(0, None))
-    speed.set(title="speed", ylabel="tokens per second", ylim=(0, None))
-    for axes in (by_tokens, rate, norm, speed):
+    for axes, title in zip(small, ("learning rate", "gradient norm before clipping", "tokens per second")):
+        axes.set(title=title, ylim=(0, None))
+    for axes in (by_tokens, *small):
         axes.set_xlabel("training tokens")
-    for axis in (by_tokens.xaxis, rate.xaxis, norm.xaxis, speed.xaxis, speed.yaxis):
-        axis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     yield Section(
         "Training",
         "From metrics.jsonl. Gaps are steps with a non-finite loss or gradient. Time is derived from tokens_per_sec "
@@ -433,15 +433,13 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
 
 def draw_text(subject: Subject) -> Iterator[Section]:
     title = f"Text as {len(subject.ids)} tokens of {subject.tokenizer.name}"
-    text = "Each box is a token with its id below. ␣ is a space; escapes such as \\n are characters without a glyph."
+    text = "Each box is a token with its id below. ␣ is a space; characters without a glyph are escapes such as \\n."
     yield Section("Text to tokens", text, draw_tokens(subject, title, "text.png", subject.ids))
     n = subject.tokenizer.n_vocab
     default = [range(n)] if n <= 300 else [range(96), range(n // 2, n // 2 + 96), range(n - 96, n)]
     ranges = subject.args.ids or default
     title = "Ids to tokens: " + ", ".join(f"{part[0]} to {part[-1]}" for part in ranges)
-    text = (
-        "What ids decode to. Bytes that are not valid UTF-8 alone are shown as \\x escapes. Choose others with --ids."
-    )
+    text = "What ids decode to; bytes that are not valid UTF-8 alone are \\x escapes. Choose others with --ids."
     ids = [token for part in ranges for token in part]
     yield Section("Ids to tokens", text, draw_tokens(subject, title, "ids.png", ids))
 
@@ -462,7 +460,7 @@ def draw_surprise(subject: Subject) -> Iterator[Section]:
     axes.margins(x=0.01, y=0.25)
     yield Section(
         "Surprise along a text",
-        "How unlikely the model found each token given those before it: minus the base-2 logarithm of its probability. "
+        "How unlikely the model found each token given those before it: minus log2 of its probability. "
         f"The {MARKED} most surprising tokens are labelled.",
         save(subject, figure, "surprise.png"),
     )
@@ -745,30 +743,23 @@ PICTURES: list[Callable[[Subject], Iterator[Section]]] = [
 
 # The page
 
-
 PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{made_here}
+<html lang="en"><head><meta charset="utf-8">{made_here}
 <title>{name}</title>
 <style>
-body {{ font-family: sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; line-height: 1.5; color: #222;
-  overflow-wrap: anywhere; }}
+body {{ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 sans-serif; color: #222; }}
+p {{ overflow-wrap: anywhere; }}
 img {{ max-width: 100%; }}
 table {{ border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; }}
 th, td {{ padding: 0.15rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }}
 th:first-child, td:first-child {{ text-align: left; }}
-</style>
-</head>
-<body>
-<h1>{name}</h1>
+</style></head>
+<body><h1>{name}</h1>
 <ul>
 {contents}
 </ul>
 {body}
-</body>
-</html>
+</body></html>
 """
 
 
@@ -835,13 +826,15 @@ def load(args: argparse.Namespace) -> Subject:
     if largest >= config.vocab_size:
         raise UserError(f"the tokenizer of {source} has id {largest}, but the model only {config.vocab_size} tokens")
     folder = Path(source).resolve()
-    name, own = folder.name if folder.is_dir() else str(source), []
+    name, runs = folder.name if folder.is_dir() else str(source), list(args.compare)
     if folder.is_dir() and folder.parent.name == "checkpoints":
         run = folder.parents[1]
-        name, own = f"{run.name}, {name}", [run] if (run / "metrics.jsonl").is_file() else []
-    runs = {run.resolve(): read_curves(run) for run in [*own, *args.compare]}
+        name = f"{run.name}, {name}"
+        if (run / "metrics.jsonl").is_file():
+            runs.insert(0, run)
+    curves = {run.resolve(): read_curves(run) for run in runs}
     name += f" ({model.num_params() / 1e6:,.1f}M parameters)"
-    return Subject(model, tokenizer, name, ids, chosen, runs, args)
+    return Subject(model, tokenizer, name, ids, chosen, curves, args)
 
 
 def visualize(args: argparse.Namespace) -> None:
