@@ -205,14 +205,7 @@ def causal_mask(T: int) -> Tensor:
 
 
 def attention_weights(model: GPT, idx: Tensor) -> list[Tensor]:
-    """Recompute the attention weights, which the model's fused attention does not return.
-
-    Args:
-        idx: token ids, int64 (B, T).
-
-    Returns:
-        for each layer (B, n_head, T, T), from query (row) to key (column); each row sums to 1.
-    """
+    """Recompute each layer's attention weights (B, n_head, query, key) for idx (B, T): fused attention keeps none."""
     B, T = idx.shape
     weights = []
     for block, qkv in zip(model.h, outputs(model, [block.attn.c_attn for block in model.h], idx)):
@@ -247,12 +240,9 @@ def undertrained_tokens(table: Tensor) -> tuple[list[int], Tensor, float]:
     In GPT-2's published weights it is near the mean row (Rumbelow and Watkins, "SolidGoldMagikarp", 2023). Its centre
     is found by iterating from there: the mean of the nearest max(8, vocab_size / 1000) rows, until these stay the same.
 
-    Args:
-        table: token embedding (vocab_size, n_embd).
-
     Returns:
-        ids by distance from the centre, none if fewer than the rows averaged; the distance of every row (vocab_size,);
-        and the cluster's radius, half the 95th percentile of the distances.
+        ids by distance from the centre, none if fewer than the rows averaged; the distance of each row of the table
+        (vocab_size,); and the cluster's radius, half the 95th percentile of the distances.
     """
     n = min(max(8, len(table) // 1000), len(table))
     centre = table.mean(dim=0)
@@ -269,11 +259,7 @@ def undertrained_tokens(table: Tensor) -> tuple[list[int], Tensor, float]:
 
 
 def read_curves(run: Path) -> tuple[Columns, Columns]:
-    """Training and validation metrics from a run's metrics.jsonl, skipping torn lines.
-
-    Raises:
-        UserError: the file is missing or has no training metrics.
-    """
+    """Training and validation metrics from a run's metrics.jsonl, skipping torn lines."""
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise UserError(f"{run} has no metrics.jsonl; pass a run folder such as out/shakespeare")
@@ -778,7 +764,7 @@ def write_page(subject: Subject, sections: list[Section]) -> None:
 
 
 def check_folder(out: Path) -> None:
-    """Raise UserError rather than write pictures among the user's files."""
+    """Refuse to write pictures among the user's files."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; pass a folder as --out")
     index = out / "index.html"
@@ -788,11 +774,7 @@ def check_folder(out: Path) -> None:
 
 
 def load(args: argparse.Namespace) -> Subject:
-    """The model, and what to draw of it.
-
-    Raises:
-        UserError: the model is missing or broken, or lacks something that an option names.
-    """
+    """Load the model and check that it has everything the options ask for."""
     source = find_model(args.model)
     model = load_model(source, dtype=torch.float32)
     tokenizer = load_tokenizer(source)

@@ -74,15 +74,15 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return checkpoint
 
 
-def call(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
-    """Run visualize.py in this process."""
-    monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, flags)])
-    visualize(parse_args())
-
-
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    return lambda *flags: call(monkeypatch, *flags)
+    """Run visualize.py in this process."""
+
+    def run(*flags: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["visualize.py", *map(str, flags)])
+        visualize(parse_args())
+
+    return run
 
 
 # What is computed
