@@ -103,15 +103,13 @@ class Measured(Exception):
 
 
 def bench_train(args: argparse.Namespace) -> None:
-    names = [pair.partition("=")[0] for pair in args.set]
-    combinations = list(itertools.product(*(pair.partition("=")[2].split(",") for pair in args.set)))
+    pairs = [pair.partition("=")[::2] for pair in args.set]
+    choices = [[f"--{name}={value}" for value in values.split(",")] for name, values in pairs]
+    combinations = list(itertools.product(*choices))
     interval = max(1, args.steps // ROUNDS)
     fixed = {"run_name": "bench", "max_steps": interval * (ROUNDS + 1), "log_interval": interval, "eval_interval": 0}
     fixed |= {"warmup_steps": 1, "checkpoint_interval": 0, "verify_data": False, "resume": False, "wandb_project": ""}
-    configs = []
-    for values in combinations:
-        flags = [f"--{name}={value}" for name, value in zip(names, values)]
-        configs.append(dataclasses.replace(parse_config([args.config, *flags]), **fixed))
+    configs = [dataclasses.replace(parse_config([args.config, *flags]), **fixed) for flags in combinations]
     first = configs[0]
     clones = {name: clone for name in OTHERS if (clone := getattr(args, name))}
     if clones and first.batch_size == "auto":
@@ -127,12 +125,12 @@ def bench_train(args: argparse.Namespace) -> None:
         device = describe(pick_device(first.device))
         print(f"{args.config} on {device}, torch {torch.__version__}; medians of {ROUNDS} x {interval} training steps")
         print("| settings | tokens/s | slowest | MFU | of matmul | peak GiB | start s |\n|" + "---|" * 7)
-        for values, cfg in zip(combinations, configs):
+        for flags, cfg in zip(combinations, configs):
             trace = args.profile.resolve() if args.profile and not rates else None
-            data = str(Path(cfg.data).resolve() if "data" in names else folder / "data")
+            data = str(Path(cfg.data).resolve() if "data" in dict(pairs) else folder / "data")
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # for its own peak memory
                 row = pool.submit(time_training, dataclasses.replace(cfg, data=data), folder, trace).result()
-            settings = " ".join(f"{name}={value}" for name, value in zip(names, values)) or "unchanged"
+            settings = " ".join(flag.removeprefix("--") for flag in flags) or "unchanged"
             rates.append((settings, row["rate"]))
             mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
             speed = f"{row['rate']:,.0f} | {row['slowest']:,.0f} | {mfu} | {row['of_matmul']:.1%}"
@@ -157,7 +155,6 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
     shutil.rmtree("out", ignore_errors=True)
     lines: list[tuple[float, dict]] = []
     profiler = torch.profiler.profile() if trace else None
-
     write = MetricsLog.write
 
     def write_timed(log: MetricsLog, metrics: dict[str, float | int]) -> None:
@@ -246,11 +243,7 @@ OTHERS = {"nanogpt": time_nanogpt, "build_nanogpt": time_build_nanogpt}
 
 
 def median_printed(pattern: str, command: list[str], folder: Path, cfg: TrainConfig) -> float:
-    """Run a program and return the median of the numbers it prints, one per step, after the warm-up.
-
-    Raises:
-        UserError: the program fails.
-    """
+    """Run a program and return the median of the numbers it prints, one per step, after the warm-up."""
     done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
     printed = [float(number) for number in re.findall(pattern, done.stdout, re.MULTILINE)]
     if done.returncode or len(printed) <= cfg.log_interval:
@@ -266,12 +259,9 @@ def read_bandwidth(device: torch.device) -> float:
 
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of the weights that decoding a token reads: those of every matrix product, once."""
-    total = 0
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if weight is not None and not name.endswith(".many") and not isinstance(module, torch.nn.Embedding):
-            total += weight.numel() * weight.element_size()
-    return total
+    modules = [module for name, module in model.named_modules() if not name.endswith(".many")]
+    weights = [getattr(m, "weight", None) for m in modules if not isinstance(m, torch.nn.Embedding)]
+    return sum(weight.nbytes for weight in weights if weight is not None)
 
 
 def ours(model: GPT, new_tokens: int, compile: bool, prompt: torch.Tensor) -> tuple[float, float]:

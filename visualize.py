@@ -76,11 +76,11 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("model", nargs="?", help="model or run folder, or Hugging Face name (default: the newest run)")
     add("--out", type=Path, metavar="FOLDER", help="where to write pictures and index.html (default: figures)")
-    text = "text to tokenize, score and draw attention for; without --out, only print its tokens (GPT-2's if no MODEL)"
+    text = "text to draw; without --out, only print its tokens (in GPT-2's vocabulary unless MODEL is given)"
     add("--text", type=as_text, help=text)
     add("--tokens", nargs="+", type=as_text, metavar="TOKEN", help="tokens whose nearest neighbours to draw")
-    add("--ids", nargs="+", type=id_range, default=[], metavar="FIRST-LAST", help="token ids to decode")
-    layer = "layer of the weight matrix and of the first attention map (default: 0)"
+    add("--ids", nargs="+", type=id_range, default=[], metavar="FIRST-LAST", help="ranges of token ids to decode")
+    layer = "layer of the weight matrix, and the first whose attention is drawn (default: 0)"
     add("--layer", type=int, default=0, metavar="N", help=layer)
     add("--head", type=head_number, default=0, metavar="N", help="attention head, or all (default: 0)")
     add("--compare", nargs="+", type=Path, default=[], metavar="RUN", help="more runs to draw in the training picture")
