@@ -31,7 +31,6 @@ from gpt2_scratch.distributed import (
     recorded,
     same_everywhere,
 )
-from gpt2_scratch.generation import Generation
 from gpt2_scratch.interrupt import Interrupt, StepInterrupted, interrupt_within, signal_of_any
 from gpt2_scratch.metrics import MetricsLog, Speed
 from gpt2_scratch.optim import learning_rate_at
@@ -384,8 +383,8 @@ def write_passage(model: GPT, tokenizer: Tokenizer, max_new_tokens: int = 400) -
     """The beginning of a document, as the model writes it."""
     training = model.training
     model.eval()
-    writing = Generation(model, [[tokenizer.eot]], max_new_tokens, temperature=0.8, top_k=200, top_p=0.95)
-    ids = [writing.step()[0].item() for _ in range(max_new_tokens)]
+    begin = torch.tensor([[tokenizer.eot]], device=model.wte.weight.device)
+    ids = model.generate(begin, max_new_tokens, temperature=0.8, top_k=200, top_p=0.95)[0, 1:].tolist()
     model.train(training)
     return tokenizer.decode(ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids).strip()
 

@@ -38,9 +38,10 @@ from gpt2_scratch.dataset import TokenDataset, open_shard, write_shards
 from gpt2_scratch.distributed import Runtime
 from gpt2_scratch.metrics import MetricsLog
 from gpt2_scratch.optim import learning_rate_at
+from gpt2_scratch.state import TrainState, load_train_state
 from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from train import Parts, load, train
+from train import train
 
 # Hypothesis must neither time the examples (other work shares the cores) nor mind that some draws are large.
 FUZZ = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -304,19 +305,19 @@ def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
     return parse_config([str(corpus / "fuzz.toml"), "--data", str(copy)])
 
 
-def load_with(meta: bytes, config: TrainConfig) -> Parts:
+def load_with(meta: bytes, config: TrainConfig) -> TrainState:
     (Path(config.data) / "meta.json").write_bytes(meta)
-    return load(config, Path("out/fuzz"), None, Runtime(torch.device("cpu")))
+    return load_train_state(config, Path("out/fuzz"), None, Runtime(torch.device("cpu")))
 
 
 def assert_clear_or_the_same_shards(mutated: bytes, corpus: Path, config: TrainConfig) -> None:
     try:
-        parts = load_with(mutated, config)
+        state = load_with(mutated, config)
     except (ValueError, OSError) as error:
         assert_clear(error)
     else:
-        assert parts.tokenizer.n_vocab == parts.model.config.vocab_size == 257
-        for split, dataset in (("train", parts.train_data), ("val", parts.val_data)):
+        assert state.tokenizer.n_vocab == state.model.config.vocab_size == 257
+        for split, dataset in (("train", state.train_data), ("val", state.val_data)):
             own = [path.read_bytes()[1024:] for path in (corpus / "data").glob(f"{split}_*.bin")]
             assert dataset.vocab_size == 257
             assert all(path.read_bytes()[1024:] in own for path in dataset.paths)
@@ -445,7 +446,7 @@ def test_an_absurd_number_is_a_clear_error_or_can_be_used(corpus: Path, no_flood
     try:
         with contextlib.redirect_stderr(out):
             cfg = parse_config([str(corpus / "fuzz.toml"), f"--{name}", str(number)])
-        parts = load(cfg, Path("out/fuzz"), None, Runtime(torch.device("cpu")))
+        state = load_train_state(cfg, Path("out/fuzz"), None, Runtime(torch.device("cpu")))
         names = ("schedule", "max_steps", "warmup_steps", "learning_rate", "min_learning_rate")
         learning_rate_at(1, **{name: getattr(cfg, name) for name in names})
     except SystemExit as ended:
@@ -454,7 +455,7 @@ def test_an_absurd_number_is_a_clear_error_or_can_be_used(corpus: Path, no_flood
     except (ValueError, OSError) as error:
         assert_clear(error, {"eval_hellaswag": "hellaswag"}.get(name, name))
     else:
-        assert parts.model.num_params() > 0
+        assert state.model.num_params() > 0
 
 
 ARGUMENT = st.text(st.characters(exclude_characters="\0"), max_size=12) | st.sampled_from(
