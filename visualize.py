@@ -557,7 +557,7 @@ def draw_lookup(subject: Subject) -> Iterator[Section]:
         f"over all columns, is {difference:g}. The one-hot picture shows only the columns of ids in the text.",
         save(subject, figure, "lookup.png"),
     )
-    (first_hidden,) = outputs(model, [model.drop], ids[None])[0]  # (T, n_embd)
+    first_hidden = outputs(model, [model.drop], ids[None])[0][0]  # (T, n_embd)
     positions = model.wpe.weight[: len(ids)]
     difference = (looked_up + positions - first_hidden).abs().max().item()
     title = f"Token + position = first hidden state: largest difference {difference:g}"
