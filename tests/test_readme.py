@@ -131,7 +131,7 @@ def run(command: str, clone: Path) -> tuple[int, str]:
     )
     output = ""
     if trains(command):
-        while not output.endswith("loss ") and (character := process.stdout.read(1)):
+        while not output.endswith(", loss ") and (character := process.stdout.read(1)):
             output += character
         os.killpg(process.pid, signal.SIGINT)
     output += process.communicate("JULIET:\n" if "--interactive" in command else "", timeout=240)[0]
