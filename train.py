@@ -100,23 +100,12 @@ def training_loop(
     """
     model, progress, plan = state.model, state.progress, state.plan
     loss_fn = wrap(model, cfg, plan.batch_size, state.dtype, rt)
-    batches = to_device(
-        training_batches(
-            state.train_data,
-            seed=cfg.seed,
-            consumed=progress.sequences,
-            sequences_per_step=plan.sequences,
-            batch_size=plan.batch_size,
-            rank=rt.rank,
-            world_size=rt.world_size,
-        ),
-        rt.device,
-    )
+    batches = batches_of(state, cfg, rt)
     bad_steps, bad_streak = (
         torch.tensor(float(n), device=rt.device) for n in (progress.bad_steps, progress.bad_streak)
     )
     reader, bar = AsyncReader(), progress_bar(cfg, state, rt)
-    evaluation_due, checkpoint_due, signum = progress.evaluation_due, False, 0
+    evaluation_due, checkpoint_due, passage_due, signum = progress.evaluation_due, False, False, 0
     model.train()
     if rt.peers:
         rt.peers.training = True
@@ -135,7 +124,7 @@ def training_loop(
                 if evaluation_due and not signum:
                     signum = evaluate_and_log(loss_fn, state, cfg, signals, rt, log, bar)
                     evaluation_due = bool(signum)
-                if not signum and passage_due(progress.step, cfg):
+                if passage_due and not signum:
                     with unsharded(model, cfg.parallel):
                         if rt.is_main:
                             bar.write(f"step {progress.step}: {write_passage(model, state.tokenizer, 100)}\n")
@@ -167,6 +156,9 @@ def training_loop(
                 end_for_nonfinite_steps(run, writer, step - int(streak) + 1, step, rt)
             evaluation_due = due(progress.step, cfg.eval_interval, cfg)
             checkpoint_due = due(progress.step, cfg.checkpoint_interval, cfg)
+            sample_interval = cfg.eval_interval if cfg.sample_interval == "eval" else cfg.sample_interval
+            # A longer one is written at the end.
+            passage_due = progress.step < cfg.max_steps and due(progress.step, sample_interval, cfg)
         with all_ranks_or_none(rt):
             if rt.is_main:
                 writer.close()
@@ -224,6 +216,21 @@ def train_step(
     return loss, grad_norm, bad
 
 
+def batches_of(state: TrainState, cfg: TrainConfig, rt: Runtime) -> Batches:
+    """This rank's micro-batches, from where the run stands."""
+    plan = state.plan
+    batches = training_batches(
+        state.train_data,
+        seed=cfg.seed,
+        consumed=state.progress.sequences,
+        sequences_per_step=plan.sequences,
+        batch_size=plan.batch_size,
+        rank=rt.rank,
+        world_size=rt.world_size,
+    )
+    return to_device(batches, rt.device)
+
+
 def learning_rate(step: int, cfg: TrainConfig) -> float:
     return learning_rate_at(
         step,
@@ -237,12 +244,6 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
 
 def due(step: int, interval: int, cfg: TrainConfig) -> bool:
     return step == cfg.max_steps or (interval > 0 and step % interval == 0)
-
-
-def passage_due(step: int, cfg: TrainConfig) -> bool:
-    """Not at the end, where a longer one is written."""
-    interval = cfg.eval_interval if cfg.sample_interval == "eval" else cfg.sample_interval
-    return interval > 0 and 0 < step < cfg.max_steps and step % interval == 0
 
 
 # ---- What is logged
