@@ -55,7 +55,7 @@ from gpt2_scratch.loss import Loss, lean_cross_entropy
 from gpt2_scratch.metrics import MetricsLog
 from gpt2_scratch.optim import learning_rate_at, load_optimizer, make_optimizer, own_share
 from gpt2_scratch.parallel import distribute, gathered, rehearse, replicate, shard, synchronised_if, whole_weights
-from gpt2_scratch.scoring import Example, build, check_fit, judge_all, nonfinite_tensor, read_rows, sample, summarise
+from gpt2_scratch.scoring import Example, build, check_fit, judge_all, nonfinite_tensor, read_rows, subset, summarise
 from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, Generation, GPTConfig, ModelError
 
@@ -436,7 +436,7 @@ def load(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: Runtime) -> P
     train_data, val_data = (TokenDataset(cfg.data, split, block_size, verify) for split in ("train", "val"))
     hellaswag: list[Example] = []
     if cfg.eval_hellaswag:
-        rows = sample(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
+        rows = subset(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
         hellaswag = check_fit(build("hellaswag", rows, tokenizer, block_size, block_size), block_size)
     # From here on the processes work together, so what fails in one alone must have failed by now.
     if rt.peers:

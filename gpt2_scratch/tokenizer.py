@@ -172,7 +172,7 @@ def load_tokenizer(name_or_dir: str | Path, revision: str | None = None) -> Toke
         name = config["tiktoken_encoding"]  # saved by Tokenizer.save_pretrained
     if name == "bytes":
         ranks = {bytes([b]): b for b in range(256)}
-        # There are no merges, but tiktoken searches for them in quadratic time: keep pieces short.
+        # Bound the length of pieces: tiktoken's search for merges (there are none) is not linear in it.
         pattern = r"[\s\S]{1,64}"
         return Tokenizer(tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: 256}))
     if name == "gpt2":
