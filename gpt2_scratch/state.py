@@ -15,7 +15,7 @@ from gpt2_scratch.device import pick_dtype
 from gpt2_scratch.distributed import Runtime, same_everywhere, weight_checksums
 from gpt2_scratch.optim import load_optimizer, make_optimizer
 from gpt2_scratch.parallel import shard, shard_optimizer_state
-from gpt2_scratch.scoring import Example, build, check_fit, nonfinite_tensor, read_rows, sample
+from gpt2_scratch.scoring import Example, build, check_fit, nonfinite_tensor, read_rows, subset
 from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig, ModelError
 
@@ -80,7 +80,7 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
     train_data, val_data = (TokenDataset(cfg.data, split, block_size, verify) for split in ("train", "val"))
     hellaswag: list[Example] = []
     if cfg.eval_hellaswag:
-        rows = sample(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
+        rows = subset(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
         hellaswag = check_fit(build("hellaswag", rows, tokenizer, block_size, block_size), block_size)
     # From here on ranks call collectives, so whatever can fail on one alone must have failed by now.
     if rt.peers:

@@ -297,13 +297,13 @@ def test_scores_are_written_and_shown_beside_the_published(
     assert lines[2].split()[:2] == ["hellaswag", "acc_norm"] and "0.2955" in lines[2] and "0.4893" in lines[2]
     written = json.loads(output.read_text())["scores"]["hellaswag"]["acc_norm"]
     assert written["examples"] == 24 and f"{written['value']:.4f}" == lines[2].split()[2]
-    with pytest.raises(SystemExit, match=r"scores.json exists already"):
+    with pytest.raises(SystemExit, match=r"scores.json already exists"):
         score(folder, "--tasks", "hellaswag", "--data", file, "--output", output)
 
 
 def test_limit_is_spread_over_the_set() -> None:
-    assert scoring.sample(list(range(10)), 4) == [0, 2, 5, 7]
-    assert scoring.sample([1, 2], 5) == [1, 2] == scoring.sample([1, 2], None)
+    assert scoring.subset(list(range(10)), 4) == [0, 2, 5, 7]
+    assert scoring.subset([1, 2], 5) == [1, 2] == scoring.subset([1, 2], None)
 
 
 def test_data_comes_from_the_hub_as_from_a_file(
@@ -320,7 +320,7 @@ def test_data_comes_from_the_hub_as_from_a_file(
     monkeypatch.setitem(scoring.HUB, "hellaswag", (str(tmp_path / "set"), *scoring.HUB["hellaswag"][1:]))
     assert scoring.read_rows("hellaswag") == hellaswag_rows == scoring.read_rows("hellaswag", str(file))
     monkeypatch.setitem(scoring.HUB, "lambada", (str(tmp_path / "none"), *scoring.HUB["lambada"][1:]))
-    with pytest.raises(ValueError, match=r"none cannot be had from the hub .*; name a file of it"):
+    with pytest.raises(ValueError, match=r"none could not be loaded from the hub .*; give a file of it"):
         scoring.read_rows("lambada")
 
 
@@ -391,7 +391,7 @@ def test_signal_breaks_off_hellaswag_and_the_run_goes_on(
     ("flags", "expected"),
     [
         (["--tasks", "winogrande"], "invalid choice: 'winogrande'"),
-        (["--tasks", "lambada", "hellaswag", "--data", "x"], "--data is the data of one task"),
+        (["--tasks", "lambada", "hellaswag", "--data", "x"], "--data is for a single task"),
         (["--tasks", "loss"], "the task loss needs --data"),
         (["--tasks", "lambada", "--limit", "0"], "0 is not a whole number of 1 or more"),
     ],
@@ -426,14 +426,14 @@ ROW = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
         ("lambada", None, "there is no file .*test.jsonl"),
         ("lambada", "", "test.jsonl is empty"),
         ("lambada", "not json\n", "test.jsonl, line 1: not a JSON object"),
-        ("lambada", '{"text": 3}\n', "test.jsonl, row 1: no 'text' such as lambada has; is it that test set?"),
-        ("lambada", "[1]\n", "row 1: no 'text'"),
-        ("hellaswag", '{"text": "x"}\n', "row 1: no 'ctx' such as hellaswag has"),
-        ("hellaswag", json.dumps(ROW | {"label": ""}) + "\n", "label is ''; the validation split has numbers"),
+        ("lambada", '{"text": 3}\n', "test.jsonl, row 1: no valid 'text'; is it the test set of lambada?"),
+        ("lambada", "[1]\n", "row 1: no valid 'text'"),
+        ("hellaswag", '{"text": "x"}\n', "row 1: no valid 'ctx'; is it the test set of hellaswag"),
+        ("hellaswag", json.dumps(ROW | {"label": ""}) + "\n", "label is '', not the index of an ending"),
         ("hellaswag", json.dumps(ROW | {"label": 4}) + "\n", "label is '4'"),
         ("lambada", json.dumps({"text": "a " + "long" * 400}) + "\n", "example 1 has .* tokens to predict, and the co"),
         ("loss", b"\xff\xfe", "test.jsonl is not UTF-8"),
-        ("loss", "", "test.jsonl holds no text"),
+        ("loss", "", "test.jsonl contains no text"),
     ],
 )
 def test_bad_data_is_named(
@@ -447,14 +447,14 @@ def test_bad_data_is_named(
 
 
 def test_what_does_not_fit_is_named(folder: str, workplace: Path, score: Callable, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"--stride 500 is beyond the model's context of 128 tokens"):
+    with pytest.raises(SystemExit, match=r"--stride 500 exceeds the model's context of 128 tokens"):
         score(folder, "--tasks", "loss", "--data", "data/shakespeare/meta.json", "--stride", 500)
-    with pytest.raises(SystemExit, match="data/shakespeare holds tokens of bytes, this model reads gpt2; name a text"):
+    with pytest.raises(SystemExit, match="data/shakespeare has bytes tokens, but the model uses gpt2; give a text"):
         score(folder, "--tasks", "loss", "--data", "data/shakespeare")
     bare = tmp_path / "bare"
     GPT(GPTConfig(8, 50, 1, 1, 8)).save_pretrained(bare)
     with pytest.raises(SystemExit, match="bare holds no tokenizer"):
         score(bare, "--tasks", "loss", "--data", "data/shakespeare/meta.json")
     load_tokenizer("bytes").save_pretrained(bare)
-    with pytest.raises(SystemExit, match="bare has 50 tokens, its tokenizer 257"):
+    with pytest.raises(SystemExit, match="bare has 50 tokens, but its tokenizer 257"):
         score(bare, "--tasks", "loss", "--data", "data/shakespeare/meta.json")

@@ -152,7 +152,7 @@ def prepared(parent: Path, texts: list[str], name: str = "mine", **settings: Any
     """What prepare() makes of documents, in bytes if nothing else is said."""
     tokenizer, held_out = settings.pop("tokenizer", BYTES), settings.pop("held_out", None)
     pieces = (Piece(text, held_out=held_out) for text in texts)
-    prepare_data.prepare(parent / name, tokenizer, pieces, {"source": "a test"}, **settings)
+    prepare_data.prepare(parent / name, tokenizer, prepare_data.Text(pieces, "a test"), **settings)
     return parent / name
 
 
@@ -326,7 +326,7 @@ def test_two_that_begin_at_once_leave_the_data_of_one(shakespeare: Path, tmp_pat
     for process in started:
         said = process.communicate(timeout=100)[1]
         codes.append(process.returncode)
-        assert process.returncode == 0 or said.splitlines()[-1].startswith("error: data/shakespeare exists already")
+        assert process.returncode == 0 or said.splitlines()[-1].startswith("error: data/shakespeare already exists")
     assert 0 in codes
     assert contents(tmp_path / "data" / "shakespeare") == contents(shakespeare)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["shakespeare"]
@@ -356,7 +356,7 @@ def test_who_comes_second_waits_and_takes_over_from_one_that_is_killed(tmp_path:
     assert second.communicate(timeout=100)[0].startswith(b"held") and second.returncode == 0
     assert third.communicate(timeout=100) == (b"data/mine was prepared by the other process\n", b"")
     assert third.returncode == 0
-    assert fourth.communicate(timeout=100)[1].startswith(b"error: data/mine exists already")
+    assert fourth.communicate(timeout=100)[1].startswith(b"error: data/mine already exists")
     assert fourth.returncode == 1  # of another text
 
     (tmp_path / "data" / "mine" / "kept").unlink()  # what the first did was gone on with
@@ -695,7 +695,8 @@ def test_tokens_are_those_of_tiktoken_on_whole_documents(texts: list[str], piece
         patch.setattr(sources, "PIECE_CHARS", piece_chars)
         patch.setattr(prepare_data, "TASK_CHARS", 50)
         pieces = [piece for text in texts for piece in sources.pieces([text])]
-        prepare_data.prepare(Path(place) / "mine", tokenizer, pieces, {}, val_share=1e-12)
+        text = prepare_data.Text(pieces, "a test")
+        prepare_data.prepare(Path(place) / "mine", tokenizer, text, val_share=1e-12)
         train, val = ids_of(Path(place) / "mine", "train"), ids_of(Path(place) / "mine", "val")
     expected = [i for text in texts for i in [50256, *tokenizer.encoding.encode_ordinary(text)]]
     assert val[0] == 50256 and train + val[1:] == expected
@@ -782,9 +783,7 @@ def test_the_share_of_held_out_documents_is_near_the_one_asked_for(tmp_path: Pat
 @given(texts=st.lists(st.text(min_size=1, max_size=20).filter(str.strip), min_size=1, max_size=9))
 def test_where_no_document_is_held_out_the_end_is(texts: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
-        prepare_data.prepare(
-            Path(place) / "mine", BYTES, [Piece(t, held_out=False) for t in texts], {}, val_share=0.2, shard_tokens=30
-        )
+        prepared(Path(place), texts, held_out=False, val_share=0.2, shard_tokens=30)
         train, val = ids_of(Path(place) / "mine", "train"), ids_of(Path(place) / "mine", "val")
     whole = [i for text in texts for i in [256, *text.encode()]]
     assert val[0] == 256 and train + val[1:] == whole
@@ -815,7 +814,8 @@ def test_meta_counts_documents_duplicates_empty_ones_and_bytes(
     assert meta["bytes_per_token"] == round(sum(len(text.encode()) for text in kept) / n_ids, 3)
     assert (meta["source"], meta["tokenizer"]) == (["mine.jsonl"], tokenizer)
     said = capsys.readouterr().out
-    assert f"{len(kept):,} documents ({meta['duplicates']:,} came twice{', left out' * dedup}, 3 empty)" in said
+    fate = "dropped" if dedup else "kept"
+    assert f"{len(kept):,} documents ({meta['duplicates']:,} duplicates {fate}, 3 empty)" in said
 
 
 # --max_tokens
@@ -1040,9 +1040,9 @@ def test_hf_reads_a_local_dataset_and_says_in_a_sentence_what_is_wrong(tmp_path:
     assert ended["test"] is None, ended["test"]
     messages = {
         "split": r"error: .*nowhere.*",
-        "column": r"error: table, row 1: no text under 'words'; --text_column of: id, text",
-        "missing": r"error: the dataset no/such-dataset cannot be had: .+",
-        "corpus": r"error: the dataset HuggingFaceFW/fineweb-edu cannot be had: .+",
+        "column": r"error: table, row 1: no text in 'words'; choose one with --text_column: id, text",
+        "missing": r"error: the dataset no/such-dataset could not be loaded: .+",
+        "corpus": r"error: the dataset HuggingFaceFW/fineweb-edu could not be loaded: .+",
     }
     for name, message in messages.items():
         assert re.fullmatch(message, ended[name])
@@ -1088,7 +1088,7 @@ def test_shards_of_llmc_are_taken_unchanged(prepare: Prepare, llmc: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("edu_train_000002.bin", {"ids": [50256, 1, 50257]}, "holds the id 50257, which is none of GPT-2's"),
+        ("edu_train_000002.bin", {"ids": [50256, 1, 50257]}, "contains id 50257, outside GPT-2's vocabulary"),
         ("edu_val_000000.bin", {"ids": [50256, 1], "magic": 20240521}, "is not a token shard"),
         ("edu_train_000002.bin", {"ids": [50256, 1], "version": 2}, "is not a token shard"),
         ("edu_val_000000.bin", {"ids": [50256, 1], "magic": 20240801}, "is not a token shard"),
@@ -1116,7 +1116,7 @@ def test_a_shard_cut_in_its_header_is_refused_by_name(prepare: Prepare, llmc: Pa
 
 @pytest.mark.parametrize(
     ("gone", "message"),
-    [("*val*", "holds no .bin file for val, whose name says val"), ("*train*", "holds no .bin file for train")],
+    [("*val*", "has no .bin file for val, that is with val in its name"), ("*train*", "has no .bin file for train")],
 )
 def test_shards_of_one_split_only_are_refused(prepare: Prepare, llmc: Path, gone: str, message: str) -> None:
     for path in llmc.glob(gone):
@@ -1126,7 +1126,9 @@ def test_shards_of_one_split_only_are_refused(prepare: Prepare, llmc: Path, gone
 
 
 def test_shards_that_are_nowhere_get_one_sentence(prepare: Prepare) -> None:
-    with pytest.raises(SystemExit, match="error: no/where is neither a folder nor a dataset that can be had") as caught:
+    with pytest.raises(
+        SystemExit, match="no/where is neither a folder nor a dataset that could be downloaded"
+    ) as caught:
         prepare("shards", "no/where")
     assert "\n" not in str(caught.value.code)
 
@@ -1191,7 +1193,7 @@ def test_a_bad_file_among_many_leaves_no_data(prepare: Prepare, tmp_path: Path) 
 def test_nothing_but_empty_documents_is_an_error(prepare: Prepare, tmp_path: Path, contents: list[str]) -> None:
     for number, content in enumerate(contents):
         (tmp_path / f"{number}.txt").write_text(content)
-    with pytest.raises(SystemExit, match="error: there is no text in it"):
+    with pytest.raises(SystemExit, match="error: the source contains no text"):
         prepare("text", tmp_path, "--tokenizer", "bytes")
     assert not (tmp_path / "data" / "text-bytes").exists()
 
@@ -1200,8 +1202,8 @@ def test_nothing_but_empty_documents_is_an_error(prepare: Prepare, tmp_path: Pat
     ("args", "message"),
     [
         (["nowhere.txt"], "error: there is no file or folder nowhere.txt"),
-        (["."], r"error: \. holds no file of \.txt, \.md, \.jsonl, \.parquet, \.csv, nor one with \.gz"),
-        ([str(SCRIPT), "--tokenizer", "gpt-2"], "error: there is no tokenizer named 'gpt-2'; did you mean gpt2"),
+        (["."], r"error: \. has no \.txt, \.md, \.jsonl, \.parquet, \.csv files, plain or \.gz"),
+        ([str(SCRIPT), "--tokenizer", "gpt-2"], "error: there is no tokenizer 'gpt-2', .*; did you mean gpt2"),
         ([str(SCRIPT), "--name", "../mine"], "error: '../mine' is not a plain folder name"),
         ([str(SCRIPT), "--name", "/mine"], "error: '/mine' is not a plain folder name"),
         ([str(SCRIPT), "--name", ".."], "error: '..' is not a plain folder name"),
@@ -1221,7 +1223,7 @@ def test_data_that_is_there_is_not_overwritten(prepare: Prepare, tmp_path: Path)
     data = prepare("text", "--tokenizer", "bytes", files) / "text-bytes"
     before = contents(data)
     (files / "00.txt").write_text("something else")
-    with pytest.raises(SystemExit, match=r"data.text-bytes exists already.*--name"):
+    with pytest.raises(SystemExit, match=r"data.text-bytes already exists.*--name"):
         prepare("text", "--tokenizer", "bytes", files)
     assert contents(data) == before
 
@@ -1250,10 +1252,10 @@ def test_too_little_room_is_said_before_anything_is_read(
         with pytest.raises(SystemExit) as caught:
             prepare("text", "one.txt", "--max_tokens", "10B")
     message = str(caught.value.code)
-    assert message == "error: the disk of data/text lacks about 19.0 GB for 10,000,000,000 tokens"
+    assert message == "error: data/text needs about 19.0 GB more disk space for 10,000,000,000 tokens"
     with monkeypatch.context() as patch:  # the file's size says how much it needs
         patch.setattr(shutil, "disk_usage", lambda path: little._replace(free=1000))
-        with pytest.raises(SystemExit, match="error: the disk of data/text lacks about"):
+        with pytest.raises(SystemExit, match="error: data/text needs about"):
             prepare("text", "one.txt", "--tokenizer", "bytes", "--name", "text")
         patch.setattr(shutil, "disk_usage", lambda path: little._replace(free=3800))
         prepare("text", "one.txt", "--tokenizer", "bytes", "--name", "text")

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
-from sample import RowText, Writer, parse_args, sample
+from sample import Sampler, TextStream, parse_args, sample
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 EOT = 256
@@ -72,10 +72,10 @@ def run(model: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def writer(model: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Writer]:
-    def make(*flags: object) -> Writer:
+def sampler(model: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sampler]:
+    def make(*flags: object) -> Sampler:
         monkeypatch.setattr(sys, "argv", ["sample.py", "--model", model, *map(str, flags)])
-        return Writer(parse_args())
+        return Sampler(parse_args())
 
     return make
 
@@ -136,7 +136,7 @@ def written(draw: st.DrawFn) -> tuple[list[bytes], list[str]]:
 def test_pieces_are_the_text_before_the_first_stop(case: tuple[list[bytes], list[str]]) -> None:
     pieces, stops = case
     expected, finish = cut(pieces, stops)
-    row = RowText(Pieces(pieces), stops, ignore_eot=False)
+    row = TextStream(Pieces(pieces), stops, ignore_eot=False)
     shown, longest = "", max(map(len, stops), default=1)
     for n in range(1, len(pieces) + 1):
         shown += row.add(n - 1)
@@ -153,19 +153,19 @@ def test_pieces_are_the_text_before_the_first_stop(case: tuple[list[bytes], list
 @settings(max_examples=50)
 @given(st.lists(st.binary(min_size=1, max_size=4) | st.sampled_from([b"\xf0\x9f", b"\xc3", b"\xa9", b"\x99\x82"])))
 def test_bytes_that_are_no_text_are_shown_as_a_whole_decoder_shows_them(pieces: list[bytes]) -> None:
-    row = RowText(Pieces(pieces), [], ignore_eot=False)
+    row = TextStream(Pieces(pieces), [], ignore_eot=False)
     shown = "".join(row.add(i) for i in range(len(pieces))) + row.close()
     assert shown == row.text == b"".join(pieces).decode("utf-8", errors="replace")
 
 
 def test_end_of_text_shows_what_was_held_back() -> None:
-    row = RowText(Pieces([b"x", b"en"]), ["end"], ignore_eot=False)
+    row = TextStream(Pieces([b"x", b"en"]), ["end"], ignore_eot=False)
     assert [row.add(0), row.add(1), row.finish] == ["x", "", "length"]
     assert [row.add(2), row.finish, row.text] == ["en", "eot", "xen"]
 
 
 def test_end_of_text_is_text_where_it_is_ignored() -> None:
-    row = RowText(Pieces([b"x"]), ["text|"], ignore_eot=True)
+    row = TextStream(Pieces([b"x"]), ["text|"], ignore_eot=True)
     assert row.add(0) + row.add(1) + row.close() == "x<|endof"
     assert row.finish == "stop"
 
@@ -173,8 +173,8 @@ def test_end_of_text_is_text_where_it_is_ignored() -> None:
 # Streams and batches
 
 
-def test_streams_and_batches_write_the_same(writer: Callable[..., Writer]) -> None:
-    made = writer("--seed", 5, "--max_new_tokens", 90, "--stop", "🙂a", "--stop", "漢")
+def test_streams_and_batches_write_the_same(sampler: Callable[..., Sampler]) -> None:
+    made = sampler("--seed", 5, "--max_new_tokens", 90, "--stop", "🙂a", "--stop", "漢")
     prompts = [made.encode(prompt) for prompt in ("a", "漢漢é", "", "a" * 80, "c", "a", "é")]
     results = made.batch(prompts, list(range(10, 17)))
     assert [result["text"] for result in results] == ["".join(made.stream(p, 10 + i)) for i, p in enumerate(prompts)]
@@ -238,7 +238,7 @@ def test_a_file_of_prompts_to_json_lines(
             assert logprob == pytest.approx(math.log(1 / 5) if chosen else 0.0, abs=0.02), (before, token)
 
     before = output.read_bytes()
-    with pytest.raises(UserError, match=f"{re.escape(str(output))} exists already"):
+    with pytest.raises(UserError, match=f"{re.escape(str(output))} already exists"):
         run(*flags, "--output", output)
     assert output.read_bytes() == before
 
@@ -428,8 +428,8 @@ def session(model: str) -> Iterator[Session]:
     os.close(session.terminal)
 
 
-def test_interactive(session: Session, writer: Callable[..., Writer]) -> None:
-    made = writer("--seed", 1, "--max_new_tokens", 100_000)
+def test_interactive(session: Session, sampler: Callable[..., Sampler]) -> None:
+    made = sampler("--seed", 1, "--max_new_tokens", 100_000)
     answers = ["".join(made.stream(made.encode("é"), number)) for number in (0, 2)]
     assert len(answers[0]) > 1 and answers[0] != answers[1]
 

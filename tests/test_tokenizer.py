@@ -219,12 +219,12 @@ def test_without_package_and_network_the_message_says_what_to_do(monkeypatch: py
 
 @pytest.mark.parametrize(("wrong", "meant"), [("gpt-2", "gpt2"), ("byte", "bytes"), ("cl100k", "cl100k_base")])
 def test_an_unknown_name_gives_the_nearest(wrong: str, meant: str) -> None:
-    with pytest.raises(ValueError, match=f"{wrong!r}; did you mean {meant}"):
+    with pytest.raises(ValueError, match=f"{wrong!r}, .*; did you mean {meant}"):
         load_tokenizer(wrong)
 
 
 def test_a_name_like_no_other_gives_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'zzzzzzzz'; known are bytes, .*gpt2"):
+    with pytest.raises(ValueError, match=r"'zzzzzzzz', .*; known are bytes, .*gpt2"):
         load_tokenizer("zzzzzzzz")
 
 
