@@ -36,7 +36,7 @@ def shell(*command: object, redirect: str = "", **environment: str) -> subproces
 def program(body: str, sturdy: bool = False) -> str:
     """A script of which `body` is the main function."""
     lines = "\n    ".join(body.splitlines())
-    return f"import os, sys, cli\nfrom pathlib import Path\ndef main():\n    {lines}\ncli.run_script(main, {sturdy})\n"
+    return f"import os, sys\nfrom gpt2_scratch import cli\nfrom pathlib import Path\ndef main():\n    {lines}\ncli.run_script(main, {sturdy})\n"
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +142,8 @@ Path({str(tmp_path / "end")!r}).touch()
             stderr=stderr,
             env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"},
         )
-        while b"first" not in process.stdout.readline():
-            pass
+        while b"first" not in (line := process.stdout.readline()):
+            assert line, process.stderr.read()
         process.stdout.close()
         process.stdin.write(b"go on\n")
         process.stdin.close()
