@@ -36,7 +36,8 @@ def shell(*command: object, redirect: str = "", **environment: str) -> subproces
 def program(body: str, sturdy: bool = False) -> str:
     """A script of which `body` is the main function."""
     lines = "\n    ".join(body.splitlines())
-    return f"import os, sys\nfrom gpt2_scratch import cli\nfrom pathlib import Path\ndef main():\n    {lines}\ncli.run_script(main, {sturdy})\n"
+    imports = "import os, sys\nfrom gpt2_scratch import cli\nfrom pathlib import Path\n"
+    return f"{imports}def main():\n    {lines}\ncli.run_script(main, {sturdy})\n"
 
 
 @pytest.fixture(scope="module")
