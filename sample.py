@@ -146,7 +146,7 @@ class Sampler:
         ids = ids or [self.tokenizer.eot]
         block_size = self.model.config.block_size
         if len(ids) > block_size:
-            print(f"the prompt exceeds the context; using its last {block_size} tokens", file=sys.stderr)
+            print(f"the prompt is longer than the context; its last {block_size} tokens are used", file=sys.stderr)
         return ids
 
     def start(self, prompts: list[list[int]], row_numbers: list[int]) -> tuple[Generation, list[TextStream]]:
