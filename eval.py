@@ -17,7 +17,7 @@ from tqdm import tqdm
 from gpt2_scratch.checkpoint import find_model, load_model
 from gpt2_scratch.cli import UserError, count, run_script
 from gpt2_scratch.dataset import open_shard, read_meta
-from gpt2_scratch.device import describe, pick_dtype
+from gpt2_scratch.device import autocast_to, describe, pick_dtype
 from gpt2_scratch.distributed import Runtime, all_ranks_or_none, process_group, recorded
 from gpt2_scratch.scoring import (
     HUB,
@@ -158,8 +158,7 @@ def score(
             bar.update(min(len(verdicts) * rt.world_size, bar.total - bar.n))
             return True
 
-        autocast = torch.autocast(rt.device.type, dtype, enabled=dtype != torch.float32)
-        return summarise(judge_all(model, examples, batch_size, autocast, rt, show))
+        return summarise(judge_all(model, examples, batch_size, autocast_to(dtype, rt.device), rt, show))
 
 
 def evaluate(args: argparse.Namespace, rt: Runtime) -> None:

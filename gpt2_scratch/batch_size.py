@@ -8,9 +8,10 @@ import torch
 
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.config import TrainConfig
+from gpt2_scratch.device import autocast_to
 from gpt2_scratch.distributed import Runtime, all_gather
 from gpt2_scratch.optim import to_local
-from gpt2_scratch.parallel import Loss, LossFunction, autocast_to, is_sharded, warm_up
+from gpt2_scratch.parallel import Loss, LossFunction, is_sharded, warm_up
 from model import GPT
 
 

@@ -3,6 +3,7 @@
 import ctypes
 import re
 import sys
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -74,6 +75,11 @@ def pick_dtype(name: str, device: torch.device, training: bool = True) -> torch.
     if device.type == "cpu" and (amx or (avx and not training)):
         return torch.bfloat16
     return torch.float32
+
+
+def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+    """Autocast of matrix products; float32 needs none."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def peak_flops(device: torch.device) -> float | None:

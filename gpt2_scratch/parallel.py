@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_scratch.config import TrainConfig
 from gpt2_scratch.cpu.cross_entropy import lean_cross_entropy
+from gpt2_scratch.device import autocast_to
 from gpt2_scratch.distributed import Runtime, all_gather
 from model import GPT
 
@@ -105,10 +106,6 @@ def wrap(model: GPT, cfg: TrainConfig, batch_size: int, dtype: torch.dtype, rt: 
         loss.backward()
         model.zero_grad(set_to_none=False)
     return loss_fn
-
-
-def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def warm_up(loss_fn: LossFunction, batch_size: int) -> Tensor:
