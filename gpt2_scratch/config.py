@@ -37,6 +37,10 @@ def one_of(*choices: str) -> Rule:
     return Rule(f"one of {', '.join(choices)}", lambda text: text in choices)
 
 
+def count_or(word: str, least: int, wanted: str) -> Rule:
+    return Rule(wanted, lambda n: n == word or (type(n) is int and least <= n <= 2**53))
+
+
 def is_one_line(text: str) -> bool:
     """No control characters, line breaks or lone surrogates, which paths, messages or UTF-8 cannot hold."""
     return not {"Cc", "Cs", "Zl", "Zp"} & set(map(unicodedata.category, text))
@@ -51,13 +55,8 @@ NonNegativeFloat = Annotated[float, Rule("a number, 0 or more", lambda x: x >= 0
 Fraction = Annotated[float, Rule("a number from 0 to 1 (below 1)", lambda x: 0 <= x < 1)]
 Text = Annotated[str, Rule("text in quotes", lambda _: True), Rule("one line of plain text", is_one_line)]
 Bool = Annotated[bool, Rule("true or false", lambda _: True)]
-Passages = Annotated[
-    int | str,
-    Rule('a whole number, 0 or more, or "eval"', lambda n: n == "eval" or (type(n) is int and 0 <= n <= 2**53)),
-]
-Batch = Annotated[
-    int | str, Rule('a whole number above 0 or "auto"', lambda n: n == "auto" or (type(n) is int and 0 < n <= 2**53))
-]
+Passages = Annotated[int | str, count_or("eval", 0, 'a whole number, 0 or more, or "eval"')]
+Batch = Annotated[int | str, count_or("auto", 1, 'a whole number above 0 or "auto"')]
 
 
 @dataclass(frozen=True)
