@@ -27,10 +27,10 @@ PEAK_FLOPS = {
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """The device of a name; "auto" is the best there is of CUDA, Apple's MPS and the CPU.
+    """The device with a name; "auto" is the best available of CUDA, Apple's MPS and the CPU.
 
     Raises:
-        UserError: the name is unknown or the device is not there.
+        UserError: the name is unknown, or the device is not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -61,11 +61,11 @@ def keep_freed_memory() -> None:
 
 
 def pick_dtype(name: str, device: torch.device, training: bool = True) -> torch.dtype:
-    """The dtype of matrix products: "auto" is the fastest one of the device that is precise enough.
+    """The dtype of matrix products; "auto" is the fastest that is precise enough on the device.
 
-    bfloat16 on CUDA of compute capability 8.0, float16 on older CUDA. On a CPU bfloat16 where it has AMX, or,
-    for writing text, AVX512-BF16: that halves the bytes to read, but its products run at 0.55 times float32's
-    speed (measured), so that training is better off in float32, as are all other devices.
+    CUDA: bfloat16 from compute capability 8.0 on, float16 before. CPU: bfloat16 with AMX; with AVX512-BF16 for
+    generation only, where it halves the bytes read per token: its products ran at 0.55 times the speed of float32 on
+    the one Xeon measured. Otherwise float32.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -83,7 +83,7 @@ def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextMana
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None where it is not known."""
+    """The device's dense bf16 peak in FLOP/s, or None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

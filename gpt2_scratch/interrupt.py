@@ -1,4 +1,4 @@
-"""Signals end a step before its end: a step can take minutes."""
+"""End a step early when a process is signalled: on a CPU a step can take minutes."""
 
 import time
 
@@ -18,9 +18,9 @@ class StepInterrupted(Exception):
 
 
 class Interrupt:
-    """Ends a step between micro-steps once any rank has been signalled: a step can take minutes.
+    """Ends a step between micro-steps once any rank has been signalled.
 
-    Ranks ask each other only where steps are slow, over a second per micro-step.
+    Ranks ask each other only if steps are slow, over a second per micro-step.
 
     Args:
         common_steps: micro-steps that every rank makes; batch_size may differ between ranks.

@@ -10,19 +10,19 @@ from typing import Any
 
 
 def launcher_is_gone(launcher: int) -> bool:
-    """Whether the torchrun that started this process, of that process number, has ended before it."""
+    """Whether the torchrun that started this process (with that process id) is gone."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
 
 
 class StopSignals(AbstractContextManager):
-    """Within it SIGTERM, SIGINT and SIGUSR1 ask for an end: `signum` is the number of the first, 0 before.
+    """Within the block SIGTERM, SIGINT and SIGUSR1 request a stop: `signum` is the first one's number, 0 until then.
 
-    A second one ends the process at once; a thread sees to that, as the main one may be waiting in a library.
-    Schedulers signal a process directly and through its launcher, so signals within a second count as one. A torchrun
-    that is gone, which would have passed signals on, counts as SIGTERM.
+    A second signal ends the process at once, from a thread, because the main thread may be blocked in a library.
+    Schedulers signal a process both directly and through its launcher, so signals within a second count as one. A
+    torchrun that is gone can't forward signals any more; that counts as SIGTERM.
 
     Args:
-        launcher: the process number that torchrun had when this process started.
+        launcher: torchrun's process id when this process started.
     """
 
     # Windows has no SIGUSR1.
@@ -33,7 +33,7 @@ class StopSignals(AbstractContextManager):
 
     def __enter__(self) -> "StopSignals":
         self.signum = 0
-        self.inlet, self.outlet = socket.socketpair()  # a pipe would not do on Windows
+        self.inlet, self.outlet = socket.socketpair()  # Windows can't use a pipe here
         self.outlet.setblocking(False)
         self.old_handlers = {kind: signal.signal(kind, lambda *_: None) for kind in self.KINDS}
         self.old_outlet = signal.set_wakeup_fd(self.outlet.fileno(), warn_on_full_buffer=False)
@@ -52,7 +52,7 @@ class StopSignals(AbstractContextManager):
             try:
                 received = self.inlet.recv(1)
             except TimeoutError:
-                # torchrun ends its processes before itself, unless it was killed: then nobody else would end these.
+                # torchrun stops its processes before it exits, unless it was killed: then nothing else would.
                 if launcher_is_gone(self.launcher) and not self.signum:
                     self.signum, first = signal.SIGTERM, time.monotonic()
                 continue
