@@ -259,7 +259,7 @@ def read_bandwidth(device: torch.device) -> float:
 
 def weight_bytes(model: torch.nn.Module) -> int:
     """Bytes of the weights that decoding a token reads: those of every matrix product, once."""
-    modules = [module for name, module in model.named_modules() if not name.endswith(".many")]
+    modules = [module for name, module in model.named_modules() if not name.endswith(".prefill")]
     weights = [getattr(m, "weight", None) for m in modules if not isinstance(m, torch.nn.Embedding)]
     return sum(weight.nbytes for weight in weights if weight is not None)
 

@@ -193,7 +193,8 @@ class Generation:
 
     def _fill(self, slots: list[int], counts: list[int]) -> None:
         """Refill the cache of `slots` with their newest tokens, `counts` each, less the very last: the next input."""
-        T = max(counts)
+        # At least two, so that every prompt, however short, takes the path for prompts and not that of one new token.
+        T = max(counts) and max(2, *counts)
         fresh = KVCache(self.model.config, len(slots), T, self.cache.k.dtype, self.device)
         if T:
             idx = torch.zeros(len(slots), T, dtype=torch.int64, device=self.device)

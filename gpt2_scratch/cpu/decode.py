@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from gpt2_scratch.device import keep_freed_memory
 from model import GPT, Block, CacheView
 
+PREFILL_ROWS = 64  # positions per product of a prompt on AMX
+
 
 class PackedLinear(nn.Module):
     """A bfloat16 nn.Linear on a CPU, with its weight in oneDNN's blocked layout."""
@@ -107,13 +109,17 @@ class KernelLinear(nn.Module):
             kernels().pack(K, N, *pointers, self.weight.data_ptr())
         tensors = (self.weight, self.starts, self.upper, self.scale, self.bias)
         self.fields = CLinear(1 if int8 else 2, K, N, *(tensor.data_ptr() for tensor in tensors))
-        # Many rows are compute-bound, and AMX computes several times as fast.
-        self.many = PackedLinear(linear.bfloat16()) if torch.cpu._is_amx_tile_supported() and not int8 else None
+        # Prompts are compute-bound, and AMX computes several times as fast.
+        self.prefill = PackedLinear(linear.bfloat16()) if torch.cpu._is_amx_tile_supported() and not int8 else None
 
     def forward(self, x: Tensor) -> Tensor:
         (N, K), rows = self.shape, x.numel() // self.in_features
-        if self.many and rows > 8:
-            return self.many(x.bfloat16()).float()
+        if self.prefill and x.shape[-2] > 1:  # (B, T, in_features)
+            # oneDNN's order of summation depends on the number of rows, and a prompt must give the same bits in any
+            # batch: so all go in blocks of one size.
+            blocks = F.pad(x.reshape(rows, -1).bfloat16(), (0, 0, 0, -rows % PREFILL_ROWS)).split(PREFILL_ROWS)
+            y = torch.cat([self.prefill(block) for block in blocks])  # (rows in whole blocks, out_features)
+            return y[:rows].view(*x.shape[:-1], -1).float()
         x = x.float().contiguous() if K == self.in_features else F.pad(x.float(), (0, K - self.in_features))
         y = torch.empty(*x.shape[:-1], N)
         kernels().linear(ctypes.byref(self.fields), rows, x.data_ptr(), y.data_ptr())
@@ -142,7 +148,7 @@ class KernelBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: CacheView | None = None) -> Tensor:
         B, T, _ = x.shape
-        if cache is None or T > 1 or cache.k.dtype != torch.bfloat16 or (B > 8 and self.block.mlp.c_fc.many):
+        if cache is None or T > 1 or cache.k.dtype != torch.bfloat16:
             return self.block(x, cache)
         x, y = x.contiguous(), torch.empty_like(x)
         layer = self.block.attn.layer
