@@ -386,12 +386,12 @@ def test_prompts_use_amx_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a row has the same bits among any others: oneDNN's own results depend on their number."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     torch.manual_seed(0)
-    linear = nn.Linear(3072, 96).bfloat16()
+    linear = nn.Linear(3072, 768).bfloat16()
     try:
         kernel = KernelLinear(linear)
     except (AttributeError, RuntimeError) as error:
         pytest.skip(f"this build of PyTorch cannot pack: {error}")
-    x = torch.randn(5, 30, 3072)
+    x = torch.randn(10, 30, 3072)
     y = kernel(x)
     torch.testing.assert_close(y, PackedLinear(linear)(x.bfloat16()).float(), rtol=2**-7, atol=2**-7)
     assert not torch.equal(y[:, :1], kernel(x[:, :1]))  # one new token per row: inputs are not rounded
@@ -568,7 +568,7 @@ def test_prepared_networks_agree_with_exact_arithmetic(
 def test_kernels_write_each_row_as_alone(int8: bool) -> None:
     """Ragged rows, one of which ends early, past the context."""
     model = prepare(network(MIDDLE).bfloat16(), int8)
-    prompts = [[5, 6, 7], [8], list(range(30))]
+    prompts = [[5, 6, 7], [8], list(range(30)), [9, 4]]
     sampling = {"temperature": 0.9, "top_k": 50, "seed": 3}
     together = Generation(model, prompts, 60, **sampling)
     assert isinstance(model.h[0], KernelBlock)
@@ -581,7 +581,7 @@ def test_kernels_write_each_row_as_alone(int8: bool) -> None:
     for row, prompt in enumerate(prompts):
         alone = Generation(model, [prompt], 60, **sampling, row_numbers=[row])
         assert write(alone, 60)[0][: len(texts[row])] == texts[row]
-    assert [len(text) for text in texts] == [60, 20, 60]
+    assert [len(text) for text in texts] == [60, 20, 60, 60]
 
 
 @pytest.mark.parametrize("bias", [False, True])
