@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gpt2_scratch.checkpoint import find_model, load_model
+from gpt2_scratch.checkpoint import find_model, load_model_and_tokenizer
 from gpt2_scratch.cli import UserError, count, run_script
 from gpt2_scratch.dataset import open_shard, read_meta
 from gpt2_scratch.device import autocast_to, describe, pick_dtype
@@ -34,7 +34,7 @@ from gpt2_scratch.scoring import (
     subset,
     summarise,
 )
-from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
+from gpt2_scratch.tokenizer import Tokenizer, check_vocabulary
 from model import GPT
 
 SIZES = ("124M", "350M", "774M", "1558M")
@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def loss(path: Path, tokenizer: Tokenizer, block_size: int, stride: int) -> list[Example]:
+def loss(path: Path, source: str | Path, tokenizer: Tokenizer, block_size: int, stride: int) -> list[Example]:
     """Loss (nats per token), token perplexity and bits per byte of a text; each token is scored once.
 
     Bits per byte are comparable across vocabularies, on the same text.
@@ -98,17 +98,12 @@ def loss(path: Path, tokenizer: Tokenizer, block_size: int, stride: int) -> list
     """
     if path.is_dir():
         meta = read_meta(path)
-        if meta["tokenizer"] != tokenizer.name and meta["vocab_size"] != tokenizer.n_vocab:
-            theirs = meta["tokenizer"]
-            raise UserError(
-                f"{path} has {theirs} tokens, but the model uses {tokenizer.name}; give a text file instead"
-            )
+        check_vocabulary(tokenizer, source, path, meta)
         entries = meta["shards"]["val"]
         ids = np.concatenate([open_shard(path / e["file"], e["tokens"], e["sha256"]) for e in entries])
         if ids.max(initial=0) >= tokenizer.n_vocab:
             raise UserError(f"{path} contains id {ids.max()}, outside the vocabulary of {tokenizer.n_vocab}")
-        lengths = [0 if i == tokenizer.eot else len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)]
-        n_bytes = int(np.array(lengths)[ids].sum())
+        n_bytes = tokenizer.count_bytes(ids)
     else:
         text = read_text(path)
         ids = [] if tokenizer.eot is None else [tokenizer.eot]
@@ -123,10 +118,7 @@ def load(args: argparse.Namespace, source: Path | str, device: torch.device) -> 
     if args.output and args.output.exists():
         raise UserError(f"{args.output} already exists; remove it or choose another file")
     rows = {task: read_rows(task, args.data) for task in args.tasks if task != "loss"}  # fail before loading the model
-    model = load_model(source, dtype=torch.float32, device=device).eval()
-    tokenizer = load_tokenizer(source)
-    if tokenizer.n_vocab > model.config.vocab_size:
-        raise UserError(f"{source} has {model.config.vocab_size} tokens, but its tokenizer {tokenizer.n_vocab}")
+    model, tokenizer = load_model_and_tokenizer(source, dtype=torch.float32, device=device)
     block_size = model.config.block_size
     stride = args.stride or block_size
     if stride > block_size:
@@ -134,7 +126,7 @@ def load(args: argparse.Namespace, source: Path | str, device: torch.device) -> 
     examples = {}
     for task in args.tasks:
         if task == "loss":
-            found = loss(Path(args.data), tokenizer, block_size, stride)
+            found = loss(Path(args.data), source, tokenizer, block_size, stride)
         else:
             found = build(task, rows[task], tokenizer, block_size, stride)
         examples[task] = subset(check_fit(found, block_size), args.limit)

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -31,11 +32,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from gpt2_scratch.cli import UserError, count, number, run_script
-from gpt2_scratch.dataset import SHARD_TOKENS, ShardWriter, file_sha256, open_shard, read_meta
+from gpt2_scratch.dataset import SHARD_TOKENS, TOKENIZER_FILE, ShardWriter, file_sha256, open_shard, read_meta
 from gpt2_scratch.sources import Piece, files, find_files, hub, plays, split_name
-from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
+from gpt2_scratch.tokenizer import Tokenizer, known_tokenizers, load_tokenizer, train_bpe
 
 TASK_CHARS = 2**20
+TOKENIZER_SAMPLE = 2**28  # characters to train a tokenizer on
 TASKS_PER_SAVE = 16
 MAX_PROCESSES = 61  # the limit of a process pool on Windows; a single reader can't feed more anyway
 NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}  # the file system has no locks
@@ -62,6 +64,12 @@ def parse_arguments() -> argparse.Namespace:
             return sub
         sub.add_argument("--tokenizer", help="bytes, gpt2, another name in tiktoken, or a folder")
         workers = functools.partial(count, most=1000)
+        sub.add_argument(
+            "--train_tokenizer",
+            type=functools.partial(count, least=257, most=10**6),
+            metavar="N",
+            help="train a byte-level BPE of N ids on the text instead, and keep it with the data",
+        )
         sub.add_argument("--workers", type=workers, default=os.cpu_count() or 1, help="processes, at most one per core")
         sub.add_argument("--max_tokens", type=amount, help="stop at this many training tokens: 500M, 10B")
         sub.add_argument("--dedup", action="store_true", help="drop exact duplicates of earlier documents")
@@ -86,7 +94,10 @@ def parse_arguments() -> argparse.Namespace:
         sub.add_argument("--text_column", help="field or column with the text")
     shards = source("shards", "ready-made shards of GPT-2 tokens in llm.c's format, used as they are")
     shards.add_argument("place", metavar="FOLDER_OR_DATASET", help="a folder, or a dataset on the Hugging Face hub")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.source != "shards" and args.train_tokenizer and args.tokenizer != args.default_tokenizer:
+        parser.error("--train_tokenizer makes a tokenizer; leave out --tokenizer")
+    return args
 
 
 def amount(text: str) -> int:
@@ -101,17 +112,67 @@ def amount(text: str) -> int:
 def main(args: argparse.Namespace) -> None:
     """Prepare the data that the command line asks for."""
     suffix = f"-{Path(args.tokenizer).name}" if args.tokenizer != args.default_tokenizer else ""
+    if args.source != "shards" and args.train_tokenizer:
+        suffix = f"-bpe{args.train_tokenizer}"
     folder = new_folder(args.source + suffix if args.name is None else args.name)
     if args.source == "shards":
         run_exclusively(folder, {"source": args.place}, functools.partial(take_shards, args.place, folder))
         return
     text = open_text(args)
-    tokenizer = load_tokenizer(args.tokenizer)
+    repeatable = args.source != "text" or "-" not in args.paths
     workers = min(args.workers, os.cpu_count() or 1, MAX_PROCESSES)
     how = {"val_share": args.val_share, "max_tokens": args.max_tokens, "dedup": args.dedup, "workers": workers}
-    about = {"source": text.origin, "tokenizer": tokenizer.name}
-    repeatable = args.source != "text" or "-" not in args.paths
+    if args.train_tokenizer:
+        if not repeatable:
+            raise UserError("--train_tokenizer reads the text twice, and standard input can be read once; use a file")
+
+        def train_and_prepare() -> None:
+            with tempfile.TemporaryDirectory() as saved:  # where the worker processes find it
+                about = train_tokenizer(open_text(args), args.train_tokenizer, args.val_share, saved)
+                prepare(folder, load_tokenizer(saved), text, about=about, **how)
+
+        run_exclusively(folder, None, train_and_prepare)
+        return
+    tokenizer = load_tokenizer(args.tokenizer)
+    about = {"source": text.origin, "tokenizer": recorded_name(tokenizer)}
     run_exclusively(folder, about if repeatable else None, functools.partial(prepare, folder, tokenizer, text, **how))
+
+
+def recorded_name(tokenizer: Tokenizer) -> str:
+    """The tokenizer's name for meta.json."""
+    return tokenizer.name if tokenizer.name in known_tokenizers() else TOKENIZER_FILE
+
+
+def train_tokenizer(text: "Text", n_vocab: int, val_share: float, directory: str) -> dict[str, Any]:
+    """Train a byte-level BPE on a sample of the documents that are not held out, and save it.
+
+    The sample is chosen by the documents' hashes: evenly spread, the same each time, and TOKENIZER_SAMPLE characters
+    at most, so that memory is bounded.
+
+    Returns:
+        What the sample was, for meta.json.
+    """
+    expected_chars = 4 * text.expected_tokens
+    share = min(1.0, TOKENIZER_SAMPLE / expected_chars) if expected_chars else 1.0
+    chars = 0
+
+    def sample() -> Iterator[str]:
+        nonlocal chars
+        chosen = False
+        for piece in tqdm(text.pieces, desc="sampling text for the tokenizer", unit=" pieces", dynamic_ncols=True):
+            if piece.begins:
+                where = hash_share(hash_of(piece.text))
+                chosen = not piece.held_out and val_share <= where < val_share + share * (1 - val_share)
+            if chosen:
+                chars += len(piece.text)
+                yield piece.text
+            if chars >= TOKENIZER_SAMPLE:
+                return
+
+    tokenizer = train_bpe(sample(), n_vocab)
+    tokenizer.save_pretrained(directory)
+    print(f"trained a vocabulary of {tokenizer.n_vocab:,} ids on {chars:,} characters, {share:.0%} of the documents")
+    return {"tokenizer_sample": {"characters": chars, "share": round(share, 6)}}
 
 
 @dataclass
@@ -230,6 +291,7 @@ def prepare(
     dedup: bool = False,
     workers: int = 1,
     shard_tokens: int = SHARD_TOKENS,
+    about: dict[str, Any] | None = None,
 ) -> None:
     """Tokenize text into shards of both splits and meta.json. If killed, the next call resumes.
 
@@ -239,11 +301,13 @@ def prepare(
     Args:
         max_tokens: stop at exactly this many training tokens; None: at the end of the text.
         dedup: drop exact duplicates; otherwise they are only counted. (Documents in several pieces aren't compared.)
+        about: more entries for meta.json.
     """
     if tokenizer.eot is None:
         raise UserError(f"the tokenizer {tokenizer.name} has no end-of-text token to begin documents with")
     partial = folder.with_name(f".{folder.name}.partial")
-    vocab = [tokenizer.name, tokenizer.n_vocab]
+    name, vocabulary = recorded_name(tokenizer), tokenizer.fingerprint()
+    vocab = [name if name != TOKENIZER_FILE else vocabulary, tokenizer.n_vocab]
     recipe = json.dumps([text.origin, text.text_column, *vocab, val_share, max_tokens, dedup, shard_tokens])
     progress, train, val = resume(partial, Progress(recipe, text.file_stats), tokenizer.n_vocab, shard_tokens)
     width = 2 if tokenizer.n_vocab <= 2**16 else 4
@@ -289,8 +353,10 @@ def prepare(
     counts = progress.counts | {"documents": progress.kept_documents, "tokens": train.n_tokens + val.n_tokens}
     counts["bytes_per_token"] = round(counts.pop("bytes") / progress.tokens_made, 3)
     counts["val_share"] = round(val.n_tokens / counts["tokens"], 6)
-    about = {"tokenizer": tokenizer.name, "vocab_size": tokenizer.n_vocab, "source": text.origin}
-    publish(partial, folder, about | counts | {"shards": shards})
+    if name == TOKENIZER_FILE:
+        tokenizer.save_pretrained(partial)
+    meta = {"tokenizer": name, "vocab_size": tokenizer.n_vocab, "vocabulary_sha256": vocabulary, "source": text.origin}
+    publish(partial, folder, meta | (about or {}) | counts | {"shards": shards})
     print(
         f"{counts['documents']:,} documents ({counts['duplicates']:,} duplicates {'dropped' if dedup else 'kept'}, "
         f"{counts['empty']:,} empty), {counts['bytes_per_token']} bytes per token"
@@ -359,12 +425,12 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
             if piece.ends and not piece.text.strip():
                 counts["empty"] += 1
                 continue
-            digest = hashlib.blake2b(content, digest_size=16).digest()
+            digest = hash_of(piece.text)
             is_new = not piece.ends or seen.execute("insert or ignore into seen values (?)", (digest,)).rowcount
             counts["duplicates"] += not is_new
             if dedup and not is_new:
                 continue
-            below = int.from_bytes(digest[:8], "big") < val_share * 2**64
+            below = hash_share(digest) < val_share
             held_out = piece.held_out if piece.held_out is not None else below and counts["documents"] > 0
             counts["documents"] += 1
         counts["bytes"] += len(content)
@@ -375,6 +441,15 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
             pieces, chars = [], 0
     yield Task(pieces, read, counts)
     seen.close()
+
+
+def hash_of(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def hash_share(digest: bytes) -> float:
+    """The share of all hashes that are below this one."""
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 Ids = list[tuple[bool, np.ndarray]]  # held out, ids
@@ -477,7 +552,8 @@ def take_shards(place: str, folder: Path) -> None:
                     shutil.copyfile(path, target)
                 shards[split].append({"file": target.name, "tokens": len(ids), "sha256": file_sha256(target)})
                 bar.update()
-    publish(partial, folder, {"tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab, "source": place, "shards": shards})
+    about = {"tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab, "vocabulary_sha256": tokenizer.fingerprint()}
+    publish(partial, folder, about | {"source": place, "shards": shards})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Generate text with a trained or published model: `python sample.py --prompt "ROMEO:"`."""
 
 import argparse
-import codecs
 import json
 import math
 import sys
@@ -14,13 +13,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from gpt2_scratch.checkpoint import find_model, load_model
+from gpt2_scratch.checkpoint import find_model, load_model_and_tokenizer
 from gpt2_scratch.cli import UserError, as_text, count, number, run_script
 from gpt2_scratch.cpu.decode import kernels, prepare
 from gpt2_scratch.device import describe, pick_device, pick_dtype
 from gpt2_scratch.generation import Generation
 from gpt2_scratch.scoring import not_finite, read_text
-from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
+from gpt2_scratch.tokenizer import Tokenizer
 
 # Compiling takes about half a minute. On CUDA it pays off for long texts; on a CPU it gains nothing.
 COMPILE_FROM_TOKENS = {"cuda": 2000, "cpu": math.inf, "mps": math.inf}
@@ -78,26 +77,25 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-class TextStream:
-    """Decodes the tokens of one text as they arrive, and finds its end.
+class Text:
+    """Decodes the tokens that continue a prompt as they arrive, and finds the text's end.
 
     Attributes:
         text: the text so far, except for what may turn out to be a stop string.
         finish: "eot", "stop", or "length" while nothing else has ended it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: list[str], ignore_eot: bool):
-        self.tokenizer, self.stops, self.ignore_eot = tokenizer, stops, ignore_eot
-        # A token can end in the middle of a character, so bytes are held back until they are complete.
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str], ignore_eot: bool):
+        self.eot, self.stops, self.ignore_eot = tokenizer.eot, stops, ignore_eot
+        self.stream = tokenizer.stream([token for token in prompt if token != tokenizer.eot])
         self.text, self.held, self.finish = "", "", "length"
 
     def add(self, token: int) -> str:
         """Add a token; return the text that is now certain."""
-        if token == self.tokenizer.eot and not self.ignore_eot:
+        if token == self.eot and not self.ignore_eot:
             self.finish = "eot"
             return self.close()
-        self.held += self.decoder.decode(self.tokenizer.decode_bytes([token]))
+        self.held += self.stream.add(token)
         found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
             self.finish = "stop"
@@ -108,7 +106,7 @@ class TextStream:
 
     def close(self) -> str:
         """Return the rest of the text; call when no more tokens follow."""
-        self.held += self.decoder.decode(b"", final=True)
+        self.held += self.stream.close()
         return self._release(len(self.held)) if self.finish != "stop" else ""
 
     def _release(self, n: int) -> str:
@@ -132,9 +130,8 @@ class Sampler:
         with ThreadPoolExecutor(1) as pool:
             if self.device.type == "cpu" and not self.compile and (int8 or dtype == torch.bfloat16):
                 pool.submit(kernels)  # compile them while the weights load
-            model = load_model(self.source, dtype=dtype, device=self.device)
+            model, self.tokenizer = load_model_and_tokenizer(self.source, dtype=dtype, device=self.device)
         self.model = prepare(model, int8, self.compile)
-        self.tokenizer = load_tokenizer(self.source)
         self.kind = "int8" if int8 else str(dtype).removeprefix("torch.")
         print(f"{self.source} on {describe(self.device)} in {self.kind}", file=sys.stderr)
         self.seed = int(torch.randint(2**62, ())) if args.seed is None else args.seed
@@ -149,7 +146,7 @@ class Sampler:
             print(f"the prompt is longer than the context; its last {block_size} tokens are used", file=sys.stderr)
         return ids
 
-    def start(self, prompts: list[list[int]], row_numbers: list[int]) -> tuple[Generation, list[TextStream]]:
+    def start(self, prompts: list[list[int]], row_numbers: list[int]) -> tuple[Generation, list[Text]]:
         args = self.args
         generation = Generation(
             self.model,
@@ -162,7 +159,7 @@ class Sampler:
             row_numbers=row_numbers,
             compile=self.compile,
         )
-        return generation, [TextStream(self.tokenizer, args.stop, args.ignore_eot) for _ in prompts]
+        return generation, [Text(self.tokenizer, prompt, args.stop, args.ignore_eot) for prompt in prompts]
 
     def stream(self, ids: list[int], row_number: int) -> Iterator[str]:
         """Continue one prompt, yielding text as it becomes certain."""

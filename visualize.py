@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gpt2_scratch.checkpoint import checkpoints, find_model, load_model
+from gpt2_scratch.checkpoint import checkpoints, find_model, load_model_and_tokenizer
 from gpt2_scratch.cli import UserError, as_text, count, run_script
 from gpt2_scratch.metrics import parsed_line
 from gpt2_scratch.scoring import nonfinite_tensor
@@ -135,8 +135,7 @@ class Section:
 
 def label(tokenizer: Tokenizer, token: int) -> str:
     """A token on one line: spaces as ␣, control characters and invalid UTF-8 as escapes."""
-    text = tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace")
-    return "".join("␣" if c == " " else c if c.isprintable() else escaped(c) for c in text)
+    return "".join("␣" if c == " " else c if c.isprintable() else escaped(c) for c in tokenizer.label(token))
 
 
 def escaped(character: str) -> str:
@@ -776,8 +775,7 @@ def check_folder(out: Path) -> None:
 def load(args: argparse.Namespace) -> Subject:
     """Load the model and check that it has everything the options ask for."""
     source = find_model(args.model)
-    model = load_model(source, dtype=torch.float32)
-    tokenizer = load_tokenizer(source)
+    model, tokenizer = load_model_and_tokenizer(source, dtype=torch.float32)
     config = model.config
     if bad := nonfinite_tensor(model):
         raise UserError(f"{source} has non-finite values in {bad}; choose another checkpoint")
@@ -804,9 +802,6 @@ def load(args: argparse.Namespace) -> Subject:
         chosen = [token for (token,) in encoded.values()]
     else:
         chosen = [found[0] for text in TOKENS if len(found := tokenizer.encode(text)) == 1][:6] or ids[:1]
-    largest = max([*ids, *chosen, tokenizer.eot or 0])
-    if largest >= config.vocab_size:
-        raise UserError(f"the tokenizer of {source} has id {largest}, but the model only {config.vocab_size} tokens")
     folder = Path(source).resolve()
     name, runs = folder.name if folder.is_dir() else str(source), list(args.compare)
     if folder.is_dir() and folder.parent.name == "checkpoints":

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.dataset import file_sha256
-from gpt2_scratch.tokenizer import Tokenizer
+from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig, ModelError
 
 STATE_FILE = "trainer_state.pt"
@@ -80,6 +80,22 @@ def load_model(source: str | Path, **options: Any) -> GPT:
         return GPT.from_pretrained(source, **options)
     except ModelError as error:
         raise UserError(str(error)) from error
+
+
+def load_model_and_tokenizer(source: str | Path, **options: Any) -> tuple[GPT, Tokenizer]:
+    """A model, loaded with GPT.from_pretrained's options, and its tokenizer.
+
+    Raises:
+        UserError: either cannot be loaded, or the tokenizer has ids that the model lacks.
+    """
+    model = load_model(source, **options)
+    tokenizer = load_tokenizer(source)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {source} has {tokenizer.n_vocab:,} ids, the model {model.config.vocab_size:,}; resize "
+            f"its embedding (as transformers' resize_token_embeddings does), or remove the tokens that were added"
+        )
+    return model, tokenizer
 
 
 def latest_valid_checkpoint(run: Path, before: int | None = None) -> Path | None:

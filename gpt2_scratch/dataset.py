@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 HEADER_INTS = 256
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, ids)
 SHARD_TOKENS = 100_000_000
+TOKENIZER_FILE = "tokenizer.json"  # as the tokenizer in meta.json: it is saved beside the shards
 
 
 class ShardWriter:
@@ -138,6 +139,7 @@ def read_meta(directory: str | Path) -> dict:
         entries = [*meta["shards"]["train"], *meta["shards"]["val"]]
         sound = all(
             [isinstance(meta["tokenizer"], str), type(meta["vocab_size"]) is int]
+            + [isinstance(meta.get("vocabulary_sha256", None if meta["tokenizer"] == TOKENIZER_FILE else ""), str)]
             + [re.fullmatch(r"\w[\w.-]*", entry["file"]) is not None for entry in entries]
             + [type(entry["tokens"]) is int and isinstance(entry["sha256"], str) for entry in entries]
         )
@@ -151,6 +153,8 @@ def read_meta(directory: str | Path) -> dict:
 def fingerprint(meta: dict) -> str:
     """A hash that is equal for data folders with the same tokens in the same shards."""
     known = {name: meta[name] for name in ("tokenizer", "vocab_size", "shards")}
+    if meta["tokenizer"] == TOKENIZER_FILE:
+        known["tokenizer"] = meta["vocabulary_sha256"]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,11 +3,12 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from gpt2_scratch.batch_size import BatchPlan, fitting_batch_size, plan_batch
-from gpt2_scratch.checkpoint import load_model, load_state, step_of
+from gpt2_scratch.checkpoint import load_model, load_state, step_of, warn
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.config import TrainConfig
 from gpt2_scratch.dataset import TokenDataset, fingerprint, read_meta
@@ -16,7 +17,7 @@ from gpt2_scratch.distributed import Runtime, same_everywhere, weight_checksums
 from gpt2_scratch.optim import load_optimizer, make_optimizer
 from gpt2_scratch.parallel import shard, shard_optimizer_state
 from gpt2_scratch.scoring import Example, build, check_fit, nonfinite_tensor, read_rows, subset
-from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
+from gpt2_scratch.tokenizer import Tokenizer, check_vocabulary, load_data_tokenizer, load_tokenizer
 from model import GPT, GPTConfig, ModelError
 
 
@@ -61,17 +62,20 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
         UserError: bad data, or settings that contradict the data, the machine or the checkpoint.
     """
     meta = read_meta(cfg.data)
-    tokenizer = load_tokenizer(meta["tokenizer"])
+    tokenizer = load_data_tokenizer(cfg.data, meta)
     if tokenizer.n_vocab != meta["vocab_size"]:
         raise UserError(
             f"meta.json of {cfg.data} has vocab_size {meta['vocab_size']}, its tokenizer {meta['tokenizer']} "
             f"{tokenizer.n_vocab}; make the data again with prepare_data.py"
         )
+    check_vocabulary(tokenizer, meta["tokenizer"], cfg.data, meta)
     data_fingerprint = fingerprint(meta)
     saved, progress, changes = {}, Progress(), []
     if checkpoint:
         saved = load_state(checkpoint)
         progress, changes = check_resumable(cfg, run, checkpoint, saved, data_fingerprint)
+    if source := str(checkpoint or "") or (cfg.init_from if cfg.init_from != "scratch" else None):
+        check_model_vocabulary(source, cfg.data, meta, rt)
     model = build_model(cfg, meta["vocab_size"], tokenizer.eot, checkpoint, rt)
     for block in model.h:
         block.recompute = cfg.activation_checkpointing
@@ -112,6 +116,21 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
         hellaswag=hellaswag,
         changes=changes,
     )
+
+
+def check_model_vocabulary(source: str, data: str, meta: dict[str, Any], rt: Runtime) -> None:
+    """Compare the vocabulary of the model to begin from with that of the data.
+
+    Raises:
+        UserError: they differ.
+    """
+    try:
+        tokenizer = load_tokenizer(source)
+    except UserError as error:
+        if rt.is_main:
+            warn(f"{error}; its vocabulary is taken to be that of {data}")
+        return
+    check_vocabulary(tokenizer, source, data, meta)
 
 
 def check_resumable(

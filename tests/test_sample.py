@@ -22,9 +22,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt2_scratch.cli import UserError
-from gpt2_scratch.tokenizer import load_tokenizer
+from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer
 from model import GPT, GPTConfig
-from sample import Sampler, TextStream, parse_args, sample
+from sample import Sampler, Text, parse_args, sample
 
 SCRIPT = Path(__file__).parent.parent / "sample.py"
 EOT = 256
@@ -92,14 +92,14 @@ def lines(path: Path) -> list[dict]:
 # Tokens to text
 
 
-class Pieces:
+class Pieces(Tokenizer):
     """A tokenizer whose tokens are pieces of a given text, in order; the last id ends it."""
 
     def __init__(self, pieces: list[bytes]):
         self.pieces, self.eot = [*pieces, b"<|endoftext|>"], len(pieces)
 
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return b"".join(self.pieces[i] for i in ids)
+    def _token_bytes(self, token: int) -> bytes:
+        return self.pieces[token]
 
 
 def cut(pieces: list[bytes], stops: list[str]) -> tuple[str, str]:
@@ -136,7 +136,7 @@ def written(draw: st.DrawFn) -> tuple[list[bytes], list[str]]:
 def test_pieces_are_the_text_before_the_first_stop(case: tuple[list[bytes], list[str]]) -> None:
     pieces, stops = case
     expected, finish = cut(pieces, stops)
-    row = TextStream(Pieces(pieces), stops, ignore_eot=False)
+    row = Text(Pieces(pieces), [], stops, ignore_eot=False)
     shown, longest = "", max(map(len, stops), default=1)
     for n in range(1, len(pieces) + 1):
         shown += row.add(n - 1)
@@ -153,19 +153,19 @@ def test_pieces_are_the_text_before_the_first_stop(case: tuple[list[bytes], list
 @settings(max_examples=50)
 @given(st.lists(st.binary(min_size=1, max_size=4) | st.sampled_from([b"\xf0\x9f", b"\xc3", b"\xa9", b"\x99\x82"])))
 def test_bytes_that_are_no_text_are_shown_as_a_whole_decoder_shows_them(pieces: list[bytes]) -> None:
-    row = TextStream(Pieces(pieces), [], ignore_eot=False)
+    row = Text(Pieces(pieces), [], [], ignore_eot=False)
     shown = "".join(row.add(i) for i in range(len(pieces))) + row.close()
     assert shown == row.text == b"".join(pieces).decode("utf-8", errors="replace")
 
 
 def test_end_of_text_shows_what_was_held_back() -> None:
-    row = TextStream(Pieces([b"x", b"en"]), ["end"], ignore_eot=False)
+    row = Text(Pieces([b"x", b"en"]), [], ["end"], ignore_eot=False)
     assert [row.add(0), row.add(1), row.finish] == ["x", "", "length"]
     assert [row.add(2), row.finish, row.text] == ["en", "eot", "xen"]
 
 
 def test_end_of_text_is_text_where_it_is_ignored() -> None:
-    row = TextStream(Pieces([b"x"]), ["text|"], ignore_eot=True)
+    row = Text(Pieces([b"x"]), [], ["text|"], ignore_eot=True)
     assert row.add(0) + row.add(1) + row.close() == "x<|endof"
     assert row.finish == "stop"
 

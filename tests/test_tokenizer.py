@@ -7,16 +7,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import models, pre_tokenizers
-from transformers import AutoTokenizer, OpenAIGPTTokenizer, PreTrainedTokenizerBase
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import AutoTokenizer, OpenAIGPTTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from gpt2_scratch.tokenizer import EOT, HFTokenizer, Tokenizer, load_tokenizer
+from gpt2_scratch.tokenizer import EOT, HFTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 QUICK = settings(max_examples=50)
 NAMES = ["bytes", "gpt2"]
@@ -298,7 +299,6 @@ def test_a_hugging_face_tokenizer_of_gpt1s_kind(tmp_path: Path) -> None:
     assert ours.encode(text) == theirs(text)["input_ids"]
     assert (ours.n_vocab, ours.eot) == (len(theirs), None)
     assert ours.decode(ours.encode(text)).split() == theirs.decode(theirs(text)["input_ids"]).split()
-    assert "".join(ours.decode([i]) for i in ours.encode(text)) == ours.decode(ours.encode(text)), "streams by token"
     assert ours.decode([10**6, -1]) == "\N{REPLACEMENT CHARACTER}" * 2
     ours.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).encode(text) == ours.encode(text)
@@ -329,3 +329,169 @@ def hf_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     assert isinstance(tokenizer, HFTokenizer)
     return tokenizer
+
+
+# Files that others wrote or changed
+
+
+def shaped_like(kind: str, folder: Path) -> PreTrainedTokenizerBase:
+    """A tokenizer that is not byte-level, of a kind that GPT-2s on the hub have."""
+    text = ["hello world, this is a test", "안녕하세요. 한국어 GPT-2 입니다.", "naïve café"] * 20
+    special = ["<unk>", "<s>", "</s>"]
+    if kind == "WordPiece":
+        words = ["hello", "wor", "##ld", "##s", "this", "is", "a", "test", ",", "今", "天", "don", "'", "t", "."]
+        backend = FastTokenizer(models.WordPiece({w: i for i, w in enumerate([*special, *words])}, unk_token="<unk>"))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    elif kind == "Metaspace":
+        backend = FastTokenizer(models.BPE(unk_token="<unk>"))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        backend.train_from_iterator(text, trainers.BpeTrainer(vocab_size=200, special_tokens=special))
+    else:  # byte fallback, as SentencePiece has it
+        pieces = [*special, *(f"<0x{b:02X}>" for b in range(256)), *"▁helowrdtisa", "he", "ll", "▁he"]
+        vocab = {piece: i for i, piece in enumerate(pieces)}
+        backend = FastTokenizer(models.BPE(vocab, [("h", "e"), ("l", "l"), ("▁", "he")], byte_fallback=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Metaspace", "byte fallback"])
+def test_text_is_made_by_the_tokenizers_own_decoder(kind: str, tmp_path: Path) -> None:
+    theirs = shaped_like(kind, tmp_path)
+    ours = load_tokenizer(tmp_path)
+    for text in ("hello world", "this is a test, hello", "안녕하세요 hello", "don't. 今天 test", "naïve café €"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        expected = theirs.decode(ids)
+        assert (ours.encode(text), ours.decode(ids)) == (ids, expected)
+        whole = [n for n in range(len(ids)) if "\ufffd" not in theirs.decode(ids[:n])]
+        for n in whole:  # as the continuation of a prompt of n tokens
+            stream = ours.stream(ids[:n])
+            assert theirs.decode(ids[:n]) + "".join(map(stream.add, ids[n:])) + stream.close() == expected
+        document = np.array([ours.eot, *ids, ours.eot, *ids])
+        assert ours.count_bytes(document) == 2 * len(expected.encode())
+
+
+def test_half_a_character_of_byte_fallback_is_held_back_and_shown_at_the_end(tmp_path: Path) -> None:
+    shaped_like("byte fallback", tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    h, first, second = tokenizer.encode("é")
+    stream = tokenizer.stream([h])
+    assert [stream.add(first), stream.add(second), stream.add(first), stream.close()] == ["", "é", "", "\ufffd"]
+
+
+def test_tokens_that_transformers_added_to_our_tokenizer_count(tmp_path: Path) -> None:
+    """transformers keeps our entry in tokenizer_config.json, although the vocabulary is no longer ours."""
+    load_tokenizer("bytes").save_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|bot|>"]})
+    theirs.save_pretrained(tmp_path)
+    assert "tiktoken_encoding" in (tmp_path / "tokenizer_config.json").read_text()
+    ours = load_tokenizer(tmp_path)
+    assert ours.n_vocab == 259
+    assert ours.encode("<|user|>hi", allow_eot=True) == [257, 104, 105]
+    assert ours.encode("<|user|>") == list(b"<|user|>")
+    assert ours.decode([257, 104, 105, 258]) == "<|user|>hi<|bot|>"
+    assert (ours.fingerprint() != load_tokenizer("bytes").fingerprint()) and ours.fingerprint(257) == (
+        load_tokenizer("bytes").fingerprint()
+    )
+
+
+@pytest.mark.parametrize("edit", ["merges", "vocab", "pattern", "normalizer", "eos"])
+def test_our_mark_counts_only_where_the_files_agree(edit: str, tmp_path: Path) -> None:
+    load_tokenizer("gpt2").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer.json").read_text())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    if edit == "merges":
+        saved["model"]["merges"][:2] = saved["model"]["merges"][1::-1]
+    elif edit == "vocab":
+        vocab = saved["model"]["vocab"]
+        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    elif edit == "pattern":
+        saved["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s|\S+"
+    elif edit == "normalizer":
+        saved["normalizer"] = {"type": "Lowercase"}
+    else:
+        saved["added_tokens"][0]["content"] = config["eos_token"] = "<|stop|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    text = "The theatre's bad cabs: ab ba <|stop|>"
+    ours, theirs = load_tokenizer(tmp_path), FastTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert ours.name == str(tmp_path)
+    assert ours.encode(text, allow_eot=True) == theirs.encode(text).ids
+
+
+def test_no_client_is_told_of_token_type_ids(saved: dict[str, Path], tmp_path: Path) -> None:
+    """GPT-2 adds an embedding for each; transformers before 5 returns them unless the config names the inputs."""
+    shaped_like("Metaspace", tmp_path / "theirs")
+    (tmp_path / "ours").mkdir()
+    load_tokenizer(tmp_path / "theirs").save_pretrained(tmp_path / "ours")
+    for folder in (*saved.values(), tmp_path / "ours"):
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path: Path) -> None:
+    """transformers makes one of nothing but special tokens, which writes [UNK] for every word."""
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no tokenizer that can be read: its vocabulary is missing"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sentencepiece") is not None, reason="sentencepiece is installed")
+def test_a_sentencepiece_model_says_which_package_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer"}')
+    (tmp_path / "spiece.model").write_bytes(b"model")
+    with pytest.raises(ValueError, match=f"{tmp_path} .* needs the package sentencepiece; pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
+# Text that tokenizers choke on
+
+
+BLANK = [" " * 30_000, "\n \n" * 5000, "\u3000\t" * 8000, "\x85" * 12_000]
+
+
+@pytest.mark.parametrize("blank", BLANK, ids=range(4))
+def test_long_white_space_is_split_without_changing_an_id(loaded: dict[str, Tokenizer], blank: str) -> None:
+    """tiktoken itself still copes with this much."""
+    gpt2 = loaded["gpt2"]
+    for text in (f"a{blank}b", f"{blank}!", f"x{blank}", f"a{blank}b{blank}7", blank, f"a{blank}{EOT}{blank} {EOT}"):
+        assert gpt2.encode(text) == gpt2.encoding.encode_ordinary(text)
+        assert gpt2.encode_to_numpy(text).tolist() == gpt2.encode(text)
+        assert gpt2.encode(text, allow_eot=True) == gpt2.encoding.encode(text, allowed_special={EOT})
+
+
+def test_a_million_blanks(loaded: dict[str, Tokenizer], hf_gpt2: Tokenizer) -> None:
+    text = "one" + " " * 1_000_000 + "two" + "\n" * 1_000_000
+    for tokenizer in (*loaded.values(), hf_gpt2):
+        assert tokenizer.decode(tokenizer.encode_to_numpy(text).tolist()) == text
+
+
+# Trained tokenizers
+
+
+CORPUS = ["the theatre of the thousand things, and the other thing", "Größe und Maß", "  four  spaces\n"] * 4
+
+
+def test_a_trained_tokenizer_is_a_byte_pair_encoding_of_its_text(tmp_path: Path) -> None:
+    """Equal to the library's own reading of the saved file."""
+    train_bpe(iter(CORPUS), 300).save_pretrained(tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert (ours.n_vocab, ours.eot, len(theirs)) == (300, 299, 300)
+    for text in [*CORPUS, "another theatre\x00\U0001f600 of things", " " * 50, *WORDS]:
+        assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"]
+        assert ours.decode(ours.encode(text)) == text
+    assert len(ours.encode("the thing")) < len(load_tokenizer("bytes").encode("the thing"))
+    (tmp_path / "again").mkdir()
+    train_bpe(iter(CORPUS), 300).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+
+
+def test_a_short_text_gives_a_smaller_vocabulary() -> None:
+    assert train_bpe(iter(["abab", "\ud800"]), 1000).n_vocab == 257 + 1  # "ab" occurs twice, "abab" once
