@@ -68,15 +68,16 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
             f"meta.json of {cfg.data} has vocab_size {meta['vocab_size']}, its tokenizer {meta['tokenizer']} "
             f"{tokenizer.n_vocab}; make the data again with prepare_data.py"
         )
-    check_vocabulary(tokenizer, meta["tokenizer"], cfg.data, meta)
+    if meta.get("vocabulary_sha256", vocabulary := tokenizer.fingerprint()) != vocabulary:
+        raise UserError(f"the tokenizer of {cfg.data} was replaced; make the data again with prepare_data.py")
     data_fingerprint = fingerprint(meta)
     saved, progress, changes = {}, Progress(), []
     if checkpoint:
         saved = load_state(checkpoint)
         progress, changes = check_resumable(cfg, run, checkpoint, saved, data_fingerprint)
-    if source := str(checkpoint or "") or (cfg.init_from if cfg.init_from != "scratch" else None):
-        check_model_vocabulary(source, cfg.data, meta, rt)
     model = build_model(cfg, meta["vocab_size"], tokenizer.eot, checkpoint, rt)
+    if checkpoint or cfg.init_from != "scratch":
+        check_model_vocabulary(checkpoint or cfg.init_from, cfg.data, meta, rt)
     for block in model.h:
         block.recompute = cfg.activation_checkpointing
     block_size = model.config.block_size
@@ -118,7 +119,7 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
     )
 
 
-def check_model_vocabulary(source: str, data: str, meta: dict[str, Any], rt: Runtime) -> None:
+def check_model_vocabulary(source: str | Path, data: str, meta: dict[str, Any], rt: Runtime) -> None:
     """Compare the vocabulary of the model to begin from with that of the data.
 
     Raises:
