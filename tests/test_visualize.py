@@ -211,7 +211,7 @@ def test_published_loss_only_where_it_applies(
     (made / "config.json").write_text(json.dumps({"n_layer": shape[0], "n_embd": shape[1]}))
     (made / "tokenizer_config.json").unlink()
     if tokenizer:
-        (made / "tokenizer_config.json").write_text(json.dumps({"tiktoken_encoding": tokenizer}))
+        load_tokenizer(tokenizer).save_pretrained(made)
     assert published_loss(Path("out/run")) == loss
 
 
@@ -406,7 +406,7 @@ def test_a_model_without_tokenizer_with_a_larger_one_or_non_finite(tmp_path: Pat
     with pytest.raises(ValueError, match=r"bare holds no tokenizer that can be read"):
         run(tmp_path / "bare", "--out", tmp_path / "figures")
     small(tmp_path / "narrow", vocab_size=100)
-    with pytest.raises(ValueError, match=r"narrow has id 256, but the model only 100 tokens"):
+    with pytest.raises(ValueError, match=r"narrow has 257 ids, the model 100"):
         run(tmp_path / "narrow", "--out", tmp_path / "figures")
     model = small(tmp_path / "broken")
     model.wpe.weight.data[3, 3] = torch.nan
