@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -406,7 +407,7 @@ class GPT(nn.Module):
         config = replace(stored, block_size=stored.block_size if block_size is None else block_size, **overrides)
         with torch.device("meta"):  # shapes without storage: each parameter is allocated when its tensor is read
             model = cls(config)
-        readers = _open_weights(name_or_dir, revision)
+        readers = _gpt_tensors(name_or_dir, revision)
         try:
             _load_weights(model, readers, stored.block_size, dtype, device)
         except ModelError as error:
@@ -483,16 +484,24 @@ def sample_token(
     return (column if order is None else order.gather(1, column))[:, 0]
 
 
-# Hugging Face files: config.json as written by transformers' GPT2Config and OpenAIGPTConfig, and the weights.
+# Hugging Face files: config.json as transformers' GPT2Config and OpenAIGPTConfig write it, and the weights
 
 # transformers' defaults where they differ from GPTConfig's.
 GPT2_DEFAULTS = {"eos_token_id": 50256}
 GPT1_DEFAULTS = {"block_size": 512, "vocab_size": 40478, "activation": "gelu", "post_norm": True}
 
-Readers = dict[str, Callable[[], Tensor]]  # names of stored tensors -> functions that read them
+# transformers' other names for keys of config.json; where both are there, these count.
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 # Fields that change the computation and that GPTConfig lacks, with the value that has no effect.
 UNSUPPORTED = {"add_cross_attention": False, "quantization_config": None, "pruned_heads": {}}
+
+Readers = dict[str, Callable[[], Tensor]]  # names of stored tensors -> functions that read them
 
 
 def _hf_keys(gpt1: bool) -> dict[str, str]:
@@ -517,11 +526,14 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
     for field, no_effect in UNSUPPORTED.items():
         if hf.get(field, no_effect) not in (no_effect, None):
             raise ModelError(f"config.json sets {field} to {hf[field]!r}, which this model does not support")
+    hf = hf | {name: hf[alias] for alias, name in ALIASES.items() if alias in hf}
     gpt1 = kind == "openai-gpt"
     values: dict[str, Any] = dict(GPT1_DEFAULTS if gpt1 else GPT2_DEFAULTS)
     values |= {ours: hf[theirs] for ours, theirs in _hf_keys(gpt1).items() if theirs in hf}
     if gpt1 and values["activation"] == "gelu":
         values["activation"] = "gelu_new"  # GPT-1's code calls the tanh form "gelu"
+    if isinstance(ends := values.get("eos_token_id"), list):
+        values["eos_token_id"] = ends[0] if ends else None
     try:
         return GPTConfig(**values)
     except ModelError as error:
@@ -529,13 +541,14 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
 
 
 def config_to_hf(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The inverse of `config_from_hf`, with the other keys that transformers expects."""
+    """The inverse of `config_from_hf`, with the other keys that transformers and llama.cpp (n_ctx) expect."""
     gpt1 = config.post_norm
     hf: dict[str, Any] = {
         "architectures": ["OpenAIGPTLMHeadModel" if gpt1 else "GPT2LMHeadModel"],
         "model_type": "openai-gpt" if gpt1 else "gpt2",
         "dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": config.eos_token_id,
+        "n_ctx": config.block_size,
     }
     hf |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     hf |= {theirs: getattr(config, ours) for ours, theirs in _hf_keys(gpt1).items()}
@@ -572,16 +585,24 @@ def _find(name_or_dir: str | Path, file: str, revision: str | None) -> Path | No
 
     try:
         return Path(hf_hub_download(str(name_or_dir), file, revision=revision))
-    except LocalEntryNotFoundError as error:
-        if file != "config.json":
-            return None  # offline, and this alternative is not in the cache
-        where = "is neither a folder nor in the Hugging Face cache, and the hub cannot be reached"
-        raise ModelError(f"{name_or_dir} {where}") from error
-    except EntryNotFoundError:
+    except EntryNotFoundError as error:
+        if file == "config.json" and isinstance(error, LocalEntryNotFoundError):
+            where = "is neither a folder nor in the Hugging Face cache, and the hub cannot be reached"
+            raise ModelError(f"{name_or_dir} {where}") from error
         return None
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{name_or_dir} is not a folder and cannot be loaded from the hub: {reason}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return value
 
 
 def _weight_files(name_or_dir: str | Path, revision: str | None) -> list[Path]:
@@ -593,30 +614,21 @@ def _weight_files(name_or_dir: str | Path, revision: str | None) -> list[Path]:
             weight_map = _read_json(index).get("weight_map")
             if not weight_map or not isinstance(weight_map, dict) or {type(v) for v in weight_map.values()} != {str}:
                 raise ModelError(f"{index} has no weight_map from tensors to files")
-            shards = sorted(set(weight_map.values()))
-            for path in map(PureWindowsPath, shards):  # knows both separators, and drives
-                if path.anchor or ".." in path.parts:
-                    raise ModelError(f"{index} names {path.as_posix()}, which is outside its folder")
-            paths = {shard: _find(name_or_dir, shard, revision) for shard in shards}
-            if lacking := [shard for shard, path in paths.items() if path is None]:
-                raise ModelError(f"{name_or_dir} lacks {lacking[0]}, which its index names")
-            return list(paths.values())
+            paths = []
+            for shard in sorted(set(weight_map.values())):
+                inside = PureWindowsPath(shard)  # knows both separators, and drives
+                if inside.anchor or ".." in inside.parts:
+                    raise ModelError(f"{index} names {inside.as_posix()}, which is outside its folder")
+                if (path := _find(name_or_dir, shard, revision)) is None:
+                    raise ModelError(f"{name_or_dir} lacks {shard}, which its index names")
+                paths.append(path)
+            return paths
     raise ModelError(f"{name_or_dir} has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
-def _open_weights(name_or_dir: str | Path, revision: str | None) -> Readers:
-    """All tensors of a model under transformers' current names, without the prefix "transformer."."""
-    readers: Readers = {}
-    for path in _weight_files(name_or_dir, revision):
-        for key, read in _open_file(path).items():
-            # Conversions from TensorFlow say gamma and beta. Older versions of transformers stored masks and positions.
-            name = key.removeprefix("transformer.").replace(".gamma", ".weight").replace(".beta", ".bias")
-            if name != "position_ids" and not name.endswith((".attn.bias", ".attn.masked_bias")):
-                readers[name] = read
-    return readers
+def _open_weights(path: Path) -> Readers:
+    """The tensors of a file, to be read one by one."""
 
-
-def _open_file(path: Path) -> Readers:
     def read(key: str) -> Tensor:
         # Reopened for every tensor: pages read from a mapped file count as memory until it is closed.
         with safe_open(path, framework="pt") as file:
@@ -641,6 +653,27 @@ def _open_file(path: Path) -> Readers:
     return {key: partial(torch.detach, tensor) for key, tensor in state.items()}
 
 
+def _gpt_tensors(name_or_dir: str | Path, revision: str | None) -> Readers:
+    """The network's tensors under transformers' current names, without the prefix "transformer."."""
+    readers: Readers = {}
+    others = []
+    for path in _weight_files(name_or_dir, revision):
+        for key, read in _open_weights(path).items():
+            # Conversions from TensorFlow say gamma and beta. Older versions of transformers stored masks and positions.
+            name = key.removeprefix("transformer.").replace(".gamma", ".weight").replace(".beta", ".bias")
+            if name == key and name.partition(".")[0] not in ROOTS:
+                others.append(key)
+            elif name != "position_ids" and not name.endswith((".attn.bias", ".attn.masked_bias")):
+                readers[name] = read
+    if others and readers:  # heads for values, choices or classes
+        print(f"{name_or_dir}: left out what is not the language model: {', '.join(sorted(others))}", file=sys.stderr)
+    return readers
+
+
+# The first parts of the names of the network's tensors; what begins otherwise is a head beside the language model.
+ROOTS = {"h", "wte", "wpe", "ln_f", "tokens_embed", "positions_embed", "position_ids", "lm_head"}
+
+
 def _load_weights(
     model: GPT, readers: Readers, block_size: int, dtype: torch.dtype | None, device: str | torch.device
 ) -> None:
@@ -649,7 +682,10 @@ def _load_weights(
     tied_head = None
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
+        table = _to_hf("wte.weight", model.wte.weight, config)[0].removeprefix("transformer.")
         tied_head = readers.pop("lm_head.weight", None)
+        if tied_head and table not in readers:
+            readers[table], tied_head = tied_head, None
     layout = {}  # name in the file -> ours, and the shape it must have there
     for ours, tensor in state.items():
         name, stored = _to_hf(ours, tensor, config)
@@ -677,13 +713,3 @@ def _load_weights(
         setattr(model.get_submodule(module), attribute, nn.Parameter(parameter))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.wte.weight
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return value

@@ -25,6 +25,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
+    GPT2DoubleHeadsModel,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     OpenAIGPTConfig,
     OpenAIGPTLMHeadModel,
@@ -367,7 +369,8 @@ def test_saving_records_the_dropout(tmp_path: Path) -> None:
         (lambda s: s.pop("transformer.h.1.mlp.c_fc.bias"), r"lacks the tensor h\.1\.mlp\.c_fc\.bias \(1 missing\)"),
         (lambda s: s.pop("transformer.wte.weight"), r"lacks the tensor wte\.weight"),
         (lambda s: [s.pop(k) for k in list(s) if ".h.1." in k], r"lacks the tensor h\.1\..* \(12 missing\)"),
-        (lambda s: s.update({"score.weight": torch.zeros(2, 8)}), r"has the tensor score\.weight.*\(1 left over\)"),
+        (lambda s: s.update({"lm_head.bias": torch.zeros(37)}), r"has the tensor lm_head\.bias.*\(1 left over\)"),
+        (lambda s: s.update({"transformer.score.weight": torch.zeros(2, 8)}), r"has the tensor score\.weight"),
         (lambda s: s.update({"transformer.h.2.ln_1.bias": torch.zeros(8)}), r"has the tensor h\.2\.ln_1\.bias"),
         (lambda s: s.update({"transformer.ln_f.weight": torch.zeros(9)}), r"ln_f\.weight has shape \(9,\).*\(8,\)"),
         (lambda s: s.update({"transformer.ln_f.weight": torch.tensor(1.0)}), r"ln_f\.weight has shape \(\).*\(8,\)"),
@@ -393,10 +396,6 @@ def test_saving_records_the_dropout(tmp_path: Path) -> None:
         (lambda s: s.update({"lm_head.weight": s["transformer.wte.weight"] + 1}), r"lm_head\.weight differs"),
         (lambda s: s.update({"lm_head.weight": torch.zeros(64, 8)}), r"lm_head\.weight differs"),
         (lambda s: s.update({"lm_head.weight": torch.ones(37, 8, dtype=torch.float16)}), r"lm_head\.weight differs"),
-        (
-            lambda s: s.update({"lm_head.weight": s.pop("transformer.wte.weight")}),
-            r"lacks the tensor wte\.weight",
-        ),
     ],
 )
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
@@ -409,6 +408,84 @@ def test_a_wrong_tensor_is_named(
         torch.save(state, tmp_path / file)
     with pytest.raises(ValueError, match=message):
         GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "sharded"])
+@pytest.mark.parametrize("stored", ["head", "table", "both"])
+def test_a_tied_table_is_found_under_either_name(stored: str, file: str, post_norm: bool, tmp_path: Path) -> None:
+    theirs = hf_model(replace(TINY, post_norm=post_norm), dtype=torch.float32)
+    theirs.save_pretrained(tmp_path, max_shard_size="1KB" if file == "sharded" else "1GB")
+    table = "transformer.tokens_embed.weight" if post_norm else "transformer.wte.weight"
+    path = tmp_path / "model.safetensors"
+    if file == "sharded":
+        index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+        path = tmp_path / index["weight_map"][table]
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors[table].clone()
+    if stored != "both":
+        del tensors[table if stored == "head" else "lm_head.weight"]
+    if file == "pytorch_model.bin":
+        path.unlink()
+        torch.save(tensors, tmp_path / file)
+    else:
+        save_file(tensors, path, {"format": "pt"})
+    assert_same_function(GPT.from_pretrained(tmp_path, dtype=torch.float64), theirs.double(), 0)
+
+
+@pytest.mark.parametrize("head", ["value", "choices", "classes"])
+def test_a_head_beside_the_language_model_is_left_out_and_named(
+    head: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """What trl's value heads, GPT2DoubleHeadsModel and GPT2ForSequenceClassification leave in a folder."""
+    theirs = hf_model(TINY)
+    kind = {"choices": GPT2DoubleHeadsModel, "classes": GPT2ForSequenceClassification}.get(head, GPT2LMHeadModel)
+    larger = kind(theirs.config).double()
+    larger.transformer.load_state_dict(theirs.transformer.state_dict())
+    larger.save_pretrained(tmp_path)
+    if head == "value":
+        tensors = load_file(tmp_path / "model.safetensors")
+        summary = {"v_head.summary.weight": torch.ones(1, TINY.n_embd), "v_head.summary.bias": torch.ones(1)}
+        save_file(tensors | summary, tmp_path / "model.safetensors", {"format": "pt"})
+    names = {
+        "value": "v_head.summary.bias, v_head.summary.weight",
+        "choices": "multiple_choice_head.summary.bias, multiple_choice_head.summary.weight",
+        "classes": "score.weight",
+    }
+    assert_same_function(GPT.from_pretrained(tmp_path), theirs, 0)
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"{tmp_path}: left out what is not the language model: {names[head]}"
+    )
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: c.update(hidden_size=c.pop("n_embd"), num_attention_heads=c.pop("n_head")),
+        lambda c: c.update(num_hidden_layers=c.pop("n_layer"), max_position_embeddings=c.pop("n_positions")),
+        lambda c: c.update(hidden_size=c["n_embd"], n_embd=99, num_hidden_layers=c["n_layer"], n_layer=9),
+        lambda c: c.update(n_ctx=3),
+        lambda c: c.update(eos_token_id=[7, 8]),
+        lambda c: c.update(eos_token_id=[]),
+    ],
+)
+def test_a_config_in_other_words_loads_as_in_transformers(edit: Edit, post_norm: bool, tmp_path: Path) -> None:
+    hf_model(replace(TINY, post_norm=post_norm)).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    edit(config)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    ours = GPT.from_pretrained(tmp_path)
+    assert_same_function(ours, theirs, 0)
+    ends = theirs.config.eos_token_id
+    assert ours.config.eos_token_id == (next(iter(ends), None) if isinstance(ends, list) else ends)
+
+
+def test_config_json_has_llama_cpps_name_for_the_context(tmp_path: Path) -> None:
+    GPT(TINY).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["n_ctx"] == TINY.block_size
 
 
 def test_a_missing_untied_head_is_named(tmp_path: Path, published: Path, state: dict[str, Tensor]) -> None:
