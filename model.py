@@ -9,10 +9,11 @@ Shapes in comments: B sequences, T positions, n_embd = n_head * head_dim channel
 import json
 import math
 import os
-import pickle
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -80,13 +81,13 @@ class GPTConfig:
         if self.activation not in ACTIVATIONS:
             raise ModelError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.post_norm:  # allow only what openai-gpt's config.json can express; its "gelu" is our gelu_new
-            if self.activation in ("gelu", "gelu_pytorch_tanh"):
-                raise ModelError(
-                    f"activation is {self.activation}; with post_norm choose gelu_new, relu, silu or swish"
-                )
-            for name in ("n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"):
-                if getattr(self, name) != getattr(GPTConfig, name):
-                    raise ModelError(f"{name} is {getattr(self, name)}; post_norm requires {getattr(GPTConfig, name)}")
+            allowed: dict[str, tuple] = {"activation": ("gelu_new", "relu", "silu", "swish"), "n_inner": (None,)}
+            allowed |= {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
+            for name, values in allowed.items():
+                if getattr(self, name) not in values:
+                    raise ModelError(
+                        f"{name} is {getattr(self, name)}; post_norm requires {' or '.join(map(str, values))}"
+                    )
 
     @property
     def padded_vocab_size(self) -> int:
@@ -399,17 +400,17 @@ class GPT(nn.Module):
             ModelError: not found, another architecture, a field that GPTConfig cannot represent, or a tensor that is
                 missing, unknown, of the wrong shape or unreadable; the message names it.
         """
-        if (config_path := _find(name_or_dir, "config.json", revision)) is None:
+        folder = _model_folder(name_or_dir, revision)
+        if not (folder / "config.json").is_file():
             raise ModelError(f"{name_or_dir} has no config.json; it is not a Hugging Face model")
-        stored = config_from_hf(_read_json(config_path))
+        stored = config_from_hf(_read_json(folder / "config.json"))
         if block_size is not None and block_size > stored.block_size:
             raise ModelError(f"block_size {block_size} is more than the {stored.block_size} positions of {name_or_dir}")
         config = replace(stored, block_size=stored.block_size if block_size is None else block_size, **overrides)
         with torch.device("meta"):  # shapes without storage: each parameter is allocated when its tensor is read
             model = cls(config)
-        readers = _gpt_tensors(name_or_dir, revision)
         try:
-            _load_weights(model, readers, stored.block_size, dtype, device)
+            _load_weights(model, _open_weights(folder), stored.block_size, dtype, device)
         except ModelError as error:
             raise ModelError(f"{name_or_dir}: {error}") from error
         return model.eval()
@@ -486,32 +487,28 @@ def sample_token(
 
 # Hugging Face files: config.json as transformers' GPT2Config and OpenAIGPTConfig write it, and the weights
 
-# transformers' defaults where they differ from GPTConfig's.
-GPT2_DEFAULTS = {"eos_token_id": 50256}
-GPT1_DEFAULTS = {"block_size": 512, "vocab_size": 40478, "activation": "gelu", "post_norm": True}
+# Keys in config.json of GPTConfig's fields, by model type.
+SAME = ["vocab_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon", "initializer_range"]
+SAME += ["tie_word_embeddings", "eos_token_id"]
+KEYS = {kind: {name: name for name in SAME} | {"block_size": "n_positions"} for kind in ("gpt2", "openai-gpt")}
+KEYS["gpt2"] |= {name: name for name in ("n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")}
+KEYS["gpt2"]["activation"], KEYS["openai-gpt"]["activation"] = "activation_function", "afn"
 
-# transformers' other names for keys of config.json; where both are there, these count.
-ALIASES = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-}
+# transformers' defaults where they differ from GPTConfig's.
+GPT1_DEFAULTS = {"block_size": 512, "vocab_size": 40478, "activation": "gelu", "post_norm": True}
+DEFAULTS: dict[str, dict[str, Any]] = {"gpt2": {"eos_token_id": 50256}, "openai-gpt": GPT1_DEFAULTS}
+
+# transformers' other names for keys; where both are present, these count.
+ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+ALIASES["max_position_embeddings"] = "n_positions"
 
 # Fields that change the computation and that GPTConfig lacks, with the value that has no effect.
 UNSUPPORTED = {"add_cross_attention": False, "quantization_config": None, "pruned_heads": {}}
 
+# The first parts of the names of the network's tensors. What begins otherwise is a head for values, choices or classes.
+ROOTS = {"h", "wte", "wpe", "ln_f", "tokens_embed", "positions_embed", "position_ids", "lm_head"}
+
 Readers = dict[str, Callable[[], Tensor]]  # names of stored tensors -> functions that read them
-
-
-def _hf_keys(gpt1: bool) -> dict[str, str]:
-    """The keys in config.json of GPTConfig's fields."""
-    same = ["vocab_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon", "initializer_range"]
-    same += ["tie_word_embeddings", "eos_token_id"]
-    if not gpt1:
-        same += ["n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"]
-    renamed = {"block_size": "n_positions", "activation": "afn" if gpt1 else "activation_function"}
-    return renamed | {name: name for name in same}
 
 
 def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
@@ -520,17 +517,15 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
     Raises:
         ModelError: another model type, a field that GPTConfig cannot represent, or an invalid value.
     """
-    kind = hf.get("model_type")
-    if kind not in ("gpt2", "openai-gpt"):
-        raise ModelError(f"config.json has model_type {kind!r}; only gpt2 and openai-gpt can be loaded")
+    kind = str(hf.get("model_type"))
+    if kind not in KEYS:
+        raise ModelError(f"config.json has model_type {hf.get('model_type')!r}; only gpt2 and openai-gpt can be loaded")
     for field, no_effect in UNSUPPORTED.items():
         if hf.get(field, no_effect) not in (no_effect, None):
             raise ModelError(f"config.json sets {field} to {hf[field]!r}, which this model does not support")
     hf = hf | {name: hf[alias] for alias, name in ALIASES.items() if alias in hf}
-    gpt1 = kind == "openai-gpt"
-    values: dict[str, Any] = dict(GPT1_DEFAULTS if gpt1 else GPT2_DEFAULTS)
-    values |= {ours: hf[theirs] for ours, theirs in _hf_keys(gpt1).items() if theirs in hf}
-    if gpt1 and values["activation"] == "gelu":
+    values = DEFAULTS[kind] | {ours: hf[theirs] for ours, theirs in KEYS[kind].items() if theirs in hf}
+    if values.get("post_norm") and values["activation"] == "gelu":
         values["activation"] = "gelu_new"  # GPT-1's code calls the tanh form "gelu"
     if isinstance(ends := values.get("eos_token_id"), list):
         values["eos_token_id"] = ends[0] if ends else None
@@ -542,17 +537,17 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
 
 def config_to_hf(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The inverse of `config_from_hf`, with the other keys that transformers and llama.cpp (n_ctx) expect."""
-    gpt1 = config.post_norm
+    kind = "openai-gpt" if config.post_norm else "gpt2"
     hf: dict[str, Any] = {
-        "architectures": ["OpenAIGPTLMHeadModel" if gpt1 else "GPT2LMHeadModel"],
-        "model_type": "openai-gpt" if gpt1 else "gpt2",
+        "architectures": ["OpenAIGPTLMHeadModel" if config.post_norm else "GPT2LMHeadModel"],
+        "model_type": kind,
         "dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": config.eos_token_id,
         "n_ctx": config.block_size,
     }
     hf |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
-    hf |= {theirs: getattr(config, ours) for ours, theirs in _hf_keys(gpt1).items()}
-    if gpt1 and config.activation == "gelu_new":
+    hf |= {theirs: getattr(config, ours) for ours, theirs in KEYS[kind].items()}
+    if config.post_norm and config.activation == "gelu_new":
         hf["afn"] = "gelu"
     return hf
 
@@ -575,60 +570,69 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding(rows, width)
 
 
-def _find(name_or_dir: str | Path, file: str, revision: str | None) -> Path | None:
-    """The path of a file of a local folder or, downloaded if need be, of a hub model; None if the model lacks it."""
+def _model_folder(name_or_dir: str | Path, revision: str | None) -> Path:
+    """A model's folder. A hub model is downloaded if need be, its pickled weights only if it has no others."""
     if os.path.isdir(name_or_dir):
-        path = Path(name_or_dir) / file
-        return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        return Path(name_or_dir)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(str(name_or_dir), file, revision=revision))
-    except EntryNotFoundError as error:
-        if file == "config.json" and isinstance(error, LocalEntryNotFoundError):
-            where = "is neither a folder nor in the Hugging Face cache, and the hub cannot be reached"
-            raise ModelError(f"{name_or_dir} {where}") from error
-        return None
+        for weights in ("model[.-]*safetensors*", "pytorch_model[.-]*bin*"):
+            files = ["config.json", weights]
+            folder = Path(snapshot_download(str(name_or_dir), revision=revision, allow_patterns=files))
+            if any(folder.glob(weights)):
+                break
+        return folder
     except (HFValidationError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"{name_or_dir} is not a folder and cannot be loaded from the hub: {reason}") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} is not a JSON object")
-    return value
+    with suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(path.read_text(encoding="utf-8")), dict):
+            return value
+    raise ModelError(f"{path} is not a JSON object")
 
 
-def _weight_files(name_or_dir: str | Path, revision: str | None) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     """One file, or the shards that an index lists; safetensors if there are both kinds."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        if path := _find(name_or_dir, single, revision):
-            return [path]
-        if index := _find(name_or_dir, f"{single}.index.json", revision):
+    for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
+        if single.is_file():
+            return [single]
+        index = single.with_name(f"{single.name}.index.json")
+        if index.is_file():
             weight_map = _read_json(index).get("weight_map")
             if not weight_map or not isinstance(weight_map, dict) or {type(v) for v in weight_map.values()} != {str}:
                 raise ModelError(f"{index} has no weight_map from tensors to files")
-            paths = []
-            for shard in sorted(set(weight_map.values())):
-                inside = PureWindowsPath(shard)  # knows both separators, and drives
-                if inside.anchor or ".." in inside.parts:
-                    raise ModelError(f"{index} names {inside.as_posix()}, which is outside its folder")
-                if (path := _find(name_or_dir, shard, revision)) is None:
-                    raise ModelError(f"{name_or_dir} lacks {shard}, which its index names")
-                paths.append(path)
-            return paths
-    raise ModelError(f"{name_or_dir} has no weights: neither model.safetensors nor pytorch_model.bin")
+            for shard in map(PureWindowsPath, sorted(set(weight_map.values()))):  # knows both separators, and drives
+                if shard.anchor or ".." in shard.parts:
+                    raise ModelError(f"{index} names {shard.as_posix()}, which is outside its folder")
+                if not (folder / shard).is_file():
+                    raise ModelError(f"{folder} lacks {shard.as_posix()}, which its index names")
+            return sorted({folder / shard for shard in weight_map.values()})
+    raise ModelError("has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
-def _open_weights(path: Path) -> Readers:
-    """The tensors of a file, to be read one by one."""
+def _open_weights(folder: Path) -> Readers:
+    """The network's tensors under transformers' current names, without the prefix "transformer."."""
+    readers: Readers = {}
+    heads = []
+    for path in _weight_files(folder):
+        for key, read in _open_file(path).items():
+            # Conversions from TensorFlow say gamma and beta. Older versions of transformers stored masks and positions.
+            name = key.removeprefix("transformer.").replace(".gamma", ".weight").replace(".beta", ".bias")
+            if name == key and name.partition(".")[0] not in ROOTS:
+                heads.append(key)
+            elif name != "position_ids" and not name.endswith((".attn.bias", ".attn.masked_bias")):
+                readers[name] = read
+    if heads:
+        print(f"{folder}: left out what is not the language model: {', '.join(sorted(heads))}", file=sys.stderr)
+    return readers
 
+
+def _open_file(path: Path) -> Readers:
     def read(key: str) -> Tensor:
         # Reopened for every tensor: pages read from a mapped file count as memory until it is closed.
         with safe_open(path, framework="pt") as file:
@@ -638,40 +642,14 @@ def _open_weights(path: Path) -> Readers:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {key: partial(read, key) for key in file.keys()}
-        load = partial(torch.load, path, map_location="cpu", weights_only=True)  # otherwise a pickle could run code
-        try:
-            state = load(mmap=True)
-        except RuntimeError:  # torch before 1.6 wrote another format, which cannot be mapped
-            state = load()
-    except pickle.UnpicklingError as error:
-        why = "it holds more than tensors and could run code, or is damaged"
-        raise ModelError(f"{path} was not loaded: {why}") from error
+        mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
+        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)  # all of a pickle could run code
     except Exception as error:  # on a damaged file torch raises half a dozen kinds
-        raise ModelError(f"{path} is damaged or in another format: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ModelError(f"{path} is damaged, or holds more than tensors and could run code: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(f"{path} is not a dictionary of tensors")
     return {key: partial(torch.detach, tensor) for key, tensor in state.items()}
-
-
-def _gpt_tensors(name_or_dir: str | Path, revision: str | None) -> Readers:
-    """The network's tensors under transformers' current names, without the prefix "transformer."."""
-    readers: Readers = {}
-    others = []
-    for path in _weight_files(name_or_dir, revision):
-        for key, read in _open_weights(path).items():
-            # Conversions from TensorFlow say gamma and beta. Older versions of transformers stored masks and positions.
-            name = key.removeprefix("transformer.").replace(".gamma", ".weight").replace(".beta", ".bias")
-            if name == key and name.partition(".")[0] not in ROOTS:
-                others.append(key)
-            elif name != "position_ids" and not name.endswith((".attn.bias", ".attn.masked_bias")):
-                readers[name] = read
-    if others and readers:  # heads for values, choices or classes
-        print(f"{name_or_dir}: left out what is not the language model: {', '.join(sorted(others))}", file=sys.stderr)
-    return readers
-
-
-# The first parts of the names of the network's tensors; what begins otherwise is a head beside the language model.
-ROOTS = {"h", "wte", "wpe", "ln_f", "tokens_embed", "positions_embed", "position_ids", "lm_head"}
 
 
 def _load_weights(

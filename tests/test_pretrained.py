@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -726,8 +727,8 @@ def test_a_hub_name_and_revision_are_resolved(from_cache: dict[str, Any], case: 
     ("case", "message"),
     [
         ("unknown revision", "someone/model"),
-        ("no weights", "someone/empty has no weights"),
-        ("unknown model", "someone/else is neither a folder nor in the Hugging Face cache"),
+        ("no weights", "someone/empty: has no weights"),
+        ("unknown model", "someone/else is not a folder and cannot be loaded from the hub: Cannot find"),
         ("unknown folder", "out/run/checkpoints/step_00000001 is not a folder"),
         ("not a name", "./no/such folder is not a folder"),
         ("empty", "folder"),
@@ -742,8 +743,8 @@ def test_what_is_not_in_the_cache_is_a_clear_error(from_cache: dict[str, Any], c
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (hub_errors.EntryNotFoundError("404"), "has no config.json"),
-        (hub_errors.LocalEntryNotFoundError("connection refused"), "the hub cannot be reached"),
+        (hub_errors.HFValidationError("no such name"), "is not a folder .* no such name"),
+        (hub_errors.LocalEntryNotFoundError("connection refused"), "from the hub: connection refused"),
         (OSError("No space left on device"), "No space left on device"),
     ],
 )
@@ -754,11 +755,34 @@ def test_what_the_hub_refuses_is_a_clear_error(error: Exception, message: str, m
         asked.append((args, kwargs))
         raise error
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(ValueError, match=message) as caught:
         GPT.from_pretrained("someone/model", revision="v1")
     assert "someone/model" in str(caught.value)
-    assert asked == [(("someone/model", "config.json"), {"revision": "v1"})]
+    files = ["config.json", "model[.-]*safetensors*"]
+    assert asked == [(("someone/model",), {"revision": "v1", "allow_patterns": files})]
+
+
+def test_pickled_weights_are_downloaded_only_without_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = ["config.json", "model.safetensors", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx"]
+    asked: list[list[str]] = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append([file for file in hub if any(fnmatch(file, pattern) for pattern in allow_patterns)])
+        for file in asked[-1]:
+            (tmp_path / file).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for lacking, expected in (
+        ("", [["config.json", "model.safetensors"]]),
+        ("model.safetensors", [["config.json"], ["config.json", "pytorch_model.bin"]]),
+    ):
+        hub, asked = [file for file in hub if file != lacking], []
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=r"config\.json is not a JSON object"):
+            GPT.from_pretrained("someone/model")
+        assert asked == expected
 
 
 # With the tokenizer, through transformers
