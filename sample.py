@@ -166,7 +166,7 @@ class Sampler:
         generation, (text,) = self.start([ids], [row_number])
         for _ in range(self.args.max_new_tokens):
             tokens, logprobs = generation.step()
-            token = torch.where(logprobs.isfinite(), tokens, -1).item()  # one device sync instead of two
+            token = int(torch.where(logprobs.isfinite(), tokens, -1))  # one device sync instead of two
             if token < 0:
                 raise not_finite(self.source, self.kind)
             yield text.add(token)

@@ -7,7 +7,7 @@ weights; then what they use. Model, optimizer and data are made in gpt2_scratch/
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -42,7 +42,7 @@ from gpt2_scratch.state import TrainState, load_train_state
 from gpt2_scratch.tokenizer import Tokenizer
 from model import GPT
 
-Batches = Iterator[tuple[Tensor, Tensor]]  # inputs and targets, int64 (B, T) each
+Batches = Generator[tuple[Tensor, Tensor], None, None]  # inputs and targets, int64 (B, T) each
 
 
 # ---- One run
@@ -59,7 +59,8 @@ def train(cfg: TrainConfig) -> None:
         prepare_default_corpus(cfg, rt)
         with all_ranks_or_none(rt):
             state = load_train_state(cfg, run, checkpoint, rt)
-        log = writer = None
+        log: MetricsLog | None = None
+        writer: CheckpointWriter | None = None
         with all_ranks_or_none(rt):
             if rt.is_main:
                 at = state.progress
@@ -77,12 +78,12 @@ def train(cfg: TrainConfig) -> None:
             f"({state.plan.accumulation_steps} x {state.plan.batch_size} per process), {cfg.max_steps} steps",
         )
         signum = training_loop(cfg, state, run, log, writer, rt)
-        if rt.is_main and signum:
+        if writer and signum:
             step = state.progress.step
             print(f"stopped by {Signals(signum).name} after step {step}; --resume goes on from {writer.newest}")
         elif not signum:
             with unsharded(state.model, cfg.parallel):
-                if rt.is_main:
+                if writer:
                     print(f"saved {writer.newest}; a passage it writes:\n")
                     print(write_passage(state.model, state.tokenizer))
                     print(f'\nmore of it: python sample.py --prompt "..." --model {writer.newest}')
@@ -148,19 +149,19 @@ def training_loop(
             bad_steps, bad_streak = bad_steps + bad, (bad_streak + 1) * bad
             log_due = due(progress.step, cfg.log_interval, cfg)
             metrics = torch.stack([loss, grad_norm, bad_steps, bad_streak, *interrupt.status(loss)])
-            step, (*values, streak, signum, seconds) = reader.read(progress.step, metrics, now=log_due)
-            signum = interrupt.after_step(signum, seconds)
+            step, (*values, streak, signal, seconds) = reader.read(progress.step, metrics, now=log_due)
+            signum = interrupt.after_step(signal, seconds)
             if log and log_due:
-                log_step(log, bar, cfg, state, *values, speed)
+                log_step(log, bar, cfg, state, values, speed)
             if streak >= cfg.max_bad_steps:
                 end_for_nonfinite_steps(run, writer, step - int(streak) + 1, step, rt)
             evaluation_due = due(progress.step, cfg.eval_interval, cfg)
             checkpoint_due = due(progress.step, cfg.checkpoint_interval, cfg)
-            sample_interval = cfg.eval_interval if cfg.sample_interval == "eval" else cfg.sample_interval
+            sample_interval = cfg.eval_interval if cfg.sample_interval == "eval" else int(cfg.sample_interval)
             # A longer one is written at the end.
             passage_due = progress.step < cfg.max_steps and due(progress.step, sample_interval, cfg)
         with all_ranks_or_none(rt):
-            if rt.is_main:
+            if writer and log:
                 writer.close()
                 log.close()
     return signum
@@ -208,7 +209,8 @@ def train_step(
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
     grad_norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
     bad = (~torch.isfinite(loss + grad_norm)).float()
-    optimizer.found_inf = bad  # fused optimizers skip the step on the device when it is 1: no host sync
+    # Fused optimizers skip the step on the device when it is 1: no host sync.
+    optimizer.found_inf = bad  # type: ignore[attr-defined]
     if rt.device.type != "mps" or not bad:  # MPS's do not
         optimizer.step()
     scaler.update()
@@ -262,23 +264,13 @@ def progress_bar(cfg: TrainConfig, state: TrainState, rt: Runtime) -> tqdm:
 
 
 def log_step(
-    log: MetricsLog,
-    bar: tqdm,
-    cfg: TrainConfig,
-    state: TrainState,
-    loss: float,
-    grad_norm: float,
-    bad_steps: float,
-    speed: Speed,
+    log: MetricsLog, bar: tqdm, cfg: TrainConfig, state: TrainState, values: list[float], speed: Speed
 ) -> None:
-    step = state.progress.step
-    line = {
-        "step": step,
-        "tokens": step * state.tokens_per_step,
-        "train_loss": loss,
-        "lr": learning_rate(step - 1, cfg),
-    }
-    log.write(line | {"grad_norm": grad_norm, "bad_steps": int(bad_steps), **speed.measure(step)})
+    """Log a step's loss, gradient norm and number of skipped steps so far, with its learning rate and speed."""
+    step, (loss, grad_norm, bad_steps) = state.progress.step, values
+    line = {"step": step, "tokens": step * state.tokens_per_step, "train_loss": loss}
+    line |= {"lr": learning_rate(step - 1, cfg), "grad_norm": grad_norm, "bad_steps": int(bad_steps)}
+    log.write(line | speed.measure(step))
     bar.set_postfix_str(f"step {step}, loss {loss:.3f}")
 
 
@@ -306,7 +298,7 @@ def evaluate_and_log(
     bar: tqdm,
 ) -> int:
     """Validation loss and HellaSwag, if wanted. Returns 0, or the signal that cut it short."""
-    progress, hellaswag = state.progress, {}
+    progress, hellaswag = state.progress, dict[str, float]()
     with unsharded(state.model, cfg.parallel):
         val_loss, val_tokens, signum = evaluate(loss_fn, state, cfg.eval_tokens, signals, rt)
         if state.hellaswag and not signum:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +50,8 @@ LAYERS = 4  # attention maps side by side
 PASTELS = {153: "#afd7ff", 193: "#d7ffaf", 223: "#ffd7af", 225: "#ffd7ff", 229: "#ffffaf"}  # by xterm colour number
 BLUE, RED = "#6699cc", "#cc3333"
 MADE_HERE = '<meta name="generator" content="visualize.py">'  # a folder whose index.html has it may be overwritten
-MONO = {"family": "DejaVu Sans Mono"}  # ships with matplotlib, as does DejaVu Sans
-STYLE = {
+MONO: dict[str, Any] = {"family": "DejaVu Sans Mono"}  # ships with matplotlib, as does DejaVu Sans
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
@@ -311,8 +312,9 @@ def panels(subject: Subject, title: str, n: int, width: float, height: float) ->
 
 def pixels(figure: Figure) -> Image.Image:
     """What `figure.savefig` writes, without its extra drawing pass for the layout."""
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    canvas: Any = figure.canvas
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def save(subject: Subject, figure: Figure, file: str) -> str:
@@ -325,7 +327,7 @@ def heatmap(
 ) -> None:
     """An image of values (rows, columns), white at 0, whose colours saturate at `limit` or the 99.5th percentile."""
     limit = limit or float(np.quantile(values.abs().numpy(), 0.995)) or 1.0
-    colours = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
+    colours: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -limit, "vmax": limit}
     image = axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colours)
     extend = "both" if values.abs().max() > 1.0001 * limit else "neither"
     axes.figure.colorbar(image, ax=axes, label=scale, extend=extend)
@@ -350,9 +352,9 @@ def draw_tokens(
 ) -> str:
     """Draw tokens in coloured boxes, with a note (default: the id) below each."""
     columns, line_height = 130, 0.42  # characters, inches
-    notes, colours = [str(note) for note in notes or ids], colours or list(PASTELS.values())
+    below, colours = [str(note) for note in notes or ids], colours or list(PASTELS.values())
     labels = [subject.label(token) for token in ids]
-    widths = [max(len(text), 0.8 * len(note)) + 1 for text, note in zip(labels, notes)]
+    widths = [max(len(text), 0.8 * len(note)) + 1 for text, note in zip(labels, below)]
     lines = list(lines_of(widths, columns))
     height = line_height * len(lines)
     figure = new_figure(subject, title, 11, height + 0.7)
@@ -365,7 +367,7 @@ def draw_tokens(
             axes.add_patch(Rectangle((x, row), widths[i] - 0.3, 0.9, color=colours[i % len(colours)], linewidth=0))
             middle, style = x + widths[i] / 2 - 0.15, MONO | {"ha": "center", "va": "center"}
             axes.text(middle, row + 0.3, labels[i], fontsize=9, **style)
-            axes.text(middle, row + 0.7, notes[i], fontsize=7, color="#333333", **style)
+            axes.text(middle, row + 0.7, below[i], fontsize=7, color="#333333", **style)
             x += widths[i]
     return save(subject, figure, file)
 
@@ -389,7 +391,12 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
     unit, per_hour = ("hours", 1) if max(train["hours"][-1] for train, _ in runs.values()) > 2 else ("minutes", 60)
     small = {rate: "lr", norm: "grad_norm", speed: "tokens_per_sec"}
     for number, (run, (train, val)) in enumerate(runs.items()):
-        style = {"color": f"C{number}", "linewidth": 0.8, "marker": ".", "markersize": 2}  # points between NaNs show
+        style: dict[str, Any] = {
+            "color": f"C{number}",
+            "linewidth": 0.8,
+            "marker": ".",
+            "markersize": 2,
+        }  # points between NaNs show
         last = f": {val['val_loss'][-1]:.3f}" if len(val["val_loss"]) else ""
         for axes, x, scale in ((by_tokens, "tokens", 1), (by_time, "hours", per_hour)):
             axes.plot(train[x] * scale, train["train_loss"], alpha=0.5, **style)
@@ -398,7 +405,7 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
         for axes, y in small.items():
             axes.plot(train["tokens"], train[y], **style)
     for axes in (by_tokens, by_time):
-        for loss in {published_loss(run) for run in runs} - {None}:
+        for loss in filter(None, {published_loss(run) for run in runs}):
             axes.axhline(loss, color="gray", linestyle="--", label=f"published GPT-2: {loss}")
         axes.legend(title="final validation loss")
         axes.set(title="loss (thin: training, dots: validation)", ylabel="nats per token", xlabel=f"{unit} of training")
@@ -438,9 +445,15 @@ def draw_surprise(subject: Subject) -> Iterator[Section]:
     title = f"Surprise along a text: {bits.nanmean().item():.2f} bits per token on average"
     figure, (axes,) = panels(subject, title, 1, 11, 3.3)
     axes.bar(range(len(ids)), bits.numpy(), color=[RED if i in marked else BLUE for i in range(len(ids))])
-    place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom", "rotation": 90}
+    place: dict[str, Any] = {
+        "xytext": (0, 3),
+        "textcoords": "offset points",
+        "ha": "center",
+        "va": "bottom",
+        "rotation": 90,
+    }
     for i in marked:
-        axes.annotate(subject.label(ids[i]), (i, bits[i]), **place, **MONO)
+        axes.annotate(subject.label(ids[i]), (i, bits[i]), **place)
     axes.set(xlabel="position in the text, tokens", ylabel="surprise, bits")
     axes.margins(x=0.01, y=0.25)
     yield Section(
@@ -492,7 +505,7 @@ def draw_attention(subject: Subject) -> Iterator[Section]:
             labels = [subject.label(token)[:10] for token in ids]
             axes.set_xticks(range(T), labels, rotation=90, fontsize=7, **MONO)
             axes.set_yticks(range(T), labels, fontsize=7, **MONO)
-    bar = {"label": "attention weight", "ticks": [0, 0.01, 0.1, 0.3, 1], "format": "{x:g}"}
+    bar: dict[str, Any] = {"label": "attention weight", "ticks": [0, 0.01, 0.1, 0.3, 1], "format": "{x:g}"}
     figure.colorbar(maps[0], ax=grid, aspect=20 * len(heads), **bar)
     figure.supxlabel(" ")  # room for the animation's caption
     yield Section(

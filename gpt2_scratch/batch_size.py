@@ -78,7 +78,7 @@ def fitting_batch_size(
     full_gradients = 4 * sum(p.numel() for p in model.parameters()) if is_sharded(model) else 0
     free = torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device)
     room = 0.9 * free - moments - full_gradients
-    fitting = all_gather(torch.tensor([largest_batch(share, *peaks, room)], device=rt.device), rt).min()
+    fitting = all_gather(torch.tensor([largest_batch(share, peaks[0], peaks[1], room)], device=rt.device), rt).min()
     if not fitting:
         raise UserError(
             f"not even one sequence of {model.config.block_size} tokens fits the memory of {rt.device}; try "

@@ -245,12 +245,13 @@ class CheckpointWriter(AbstractContextManager):
         self.before: Callable[[], None] = lambda: None
         self.error: OSError | None = None  # of the newest write, if it failed
         self.read_back = False
-        self.host_model: GPT | None = None
+        self.host_model: Any = None  # a GPT, made by the first `save`
         with tempfile.TemporaryDirectory() as directory:  # once per run: GPT-2's takes a second
             tokenizer.save_pretrained(directory)
             self.tokenizer_files = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
         self.thread = ThreadPoolExecutor(1, "checkpoints", initializer=_yield_to_training)
         self.writing: Future | None = None
+        self.writing_step = 0
         for partial in self.folder.glob(".step_*"):  # of a process that was killed
             shutil.rmtree(partial)
 

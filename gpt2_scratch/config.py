@@ -231,7 +231,9 @@ def parse_config(argv: list[str]) -> TrainConfig:
     try:
         from_flags = read_flags(flags)
         given = read_file(Path(file)) | from_flags
-        values = {name: checked(field, given.get(name, field.default)) for name, field in FIELDS.items()}
+        values: dict[str, Any] = {
+            name: checked(field, given.get(name, field.default)) for name, field in FIELDS.items()
+        }
         warmup, steps = values["warmup_steps"], values["max_steps"]
         values["warmup_steps"] = warmup if warmup <= steps else steps // 10
         config = TrainConfig(**values)
@@ -259,9 +261,10 @@ def read_flags(flags: list[str]) -> dict[str, Any]:
     )
     texts = help_texts()
     for name, field in FIELDS.items():
-        rules = field.type.__metadata__
+        rules = rules_of(field)
         text = f"{texts[name]} [{rules[0].wanted}; default: {json.dumps(field.default)}]".replace("%", "%%")
-        bare = {"nargs": "?", "const": "true"} if types_of(field) == (bool,) else {}  # --resume means --resume true
+        # --resume means --resume true
+        bare: dict[str, Any] = {"nargs": "?", "const": "true"} if types_of(field) == (bool,) else {}
         parser.add_argument(f"--{name}", help=text, metavar="VALUE", **bare)
     try:
         known, unknown = parser.parse_known_args(flags)
@@ -296,20 +299,24 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def help_texts() -> dict[str, str]:
     """The docstring of each setting of TrainConfig."""
-    body = ast.parse(inspect.getsource(TrainConfig)).body[0].body
-    pairs = itertools.pairwise(body)
-    return {field.target.id: text.value.value for field, text in pairs if isinstance(field, ast.AnnAssign)}
+    definition: Any = ast.parse(inspect.getsource(TrainConfig)).body[0]
+    pairs: Any = itertools.pairwise(definition.body)
+    return {field.target.id: text.value.value for field, text in pairs if hasattr(field, "annotation")}
 
 
 def types_of(field: dataclasses.Field) -> tuple[type, ...]:
     """The types that a setting accepts."""
-    kind = field.type.__origin__
+    kind = get_args(field.type)[0]
     return (int, float) if kind is float else get_args(kind) or (kind,)
+
+
+def rules_of(field: dataclasses.Field) -> tuple["Rule", ...]:
+    return get_args(field.type)[1:]
 
 
 def from_text(field: dataclasses.Field, text: str) -> Any:
     """A flag's text, converted to the first of the setting's types that accepts it."""
-    readers = {bool: lambda text: {"true": True, "false": False}[text.lower()]}
+    readers: dict[type, Callable[[str], Any]] = {bool: lambda text: {"true": True, "false": False}[text.lower()]}
     for kind in types_of(field):
         with suppress(ValueError, KeyError):
             return readers.get(kind, kind)(text)
@@ -323,10 +330,10 @@ def checked(field: dataclasses.Field, value: Any) -> int | float | str | bool:
         UserError: it has the wrong type or breaks a rule.
     """
     fits = type(value) in types_of(field)
-    for rule in field.type.__metadata__:
+    for rule in rules_of(field):
         if not fits or not rule.holds(value):
             raise UserError(f"{field.name} must be {rule.wanted}, not {shown(field, value)}")
-    return float(value) if field.type.__origin__ is float else value
+    return float(value) if float in types_of(field) else value
 
 
 def shown(field: dataclasses.Field, value: Any) -> str:

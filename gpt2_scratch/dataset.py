@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADER_INTS = 256
-FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic: (version, ids)
+FORMATS: dict[int, tuple[int, np.dtype]] = {
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}  # magic: (version, ids)
 SHARD_TOKENS = 100_000_000
 TOKENIZER_FILE = "tokenizer.json"  # as the tokenizer in meta.json: it is saved beside the shards
 
@@ -331,7 +334,9 @@ def evaluation_batches(
         yield batch
 
 
-def to_device(batches: Iterator[np.ndarray], device: "torch.device") -> Iterator[tuple["Tensor", "Tensor"]]:
+def to_device(
+    batches: Iterator[np.ndarray], device: "torch.device"
+) -> Generator[tuple["Tensor", "Tensor"], None, None]:
     """Inputs and targets, int64 (B, T) each, on the device. A thread reads the next batch while this one is in use."""
     import torch  # here: preparing data does without it
 

@@ -349,8 +349,8 @@ def send_files(rt: Runtime, files: list[Path], owner: int, into: Path | None) ->
             for begin in range(0, size, CHUNK):
                 part = torch.empty(min(CHUNK, size - begin), dtype=torch.uint8)
                 if source:
-                    source.readinto(part.numpy())
+                    source.readinto(part.numpy().data)
                 part = part.to(rt.device)
                 dist.broadcast(part, owner)
                 if sink:
-                    sink.write(part.cpu().numpy())
+                    sink.write(part.cpu().numpy().data)

@@ -3,6 +3,8 @@
 `GPT.generate` is the same in twenty lines, for rows of equal length; tests/test_generation.py holds the two equal.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -108,7 +110,7 @@ class Generation:
             raise ValueError("every row needs a prompt of at least one token, such as <|endoftext|>")
         self.model = model
         self.device = model.wte.weight.device
-        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self.live = list(range(len(prompts)))
         self.slots = list(self.live)  # indices of the live rows in the tensors below
         numbers = self.live if row_numbers is None else row_numbers

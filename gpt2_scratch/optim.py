@@ -1,6 +1,7 @@
 """Parameter groups, AdamW and Muon, learning-rate schedules."""
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -22,7 +23,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) 
     blocks = [p for name, p in named if muon and name.startswith("h.") and p.dim() == 2]
     in_blocks = {id(p) for p in blocks}
     rest = [p for _, p in named if id(p) not in in_blocks]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "muon": False},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "muon": False},
     ]
@@ -72,7 +73,7 @@ class Muon(torch.optim.AdamW):
     """
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
@@ -92,7 +93,10 @@ class Muon(torch.optim.AdamW):
                 # `step` is unused, but AdamW.load_state_dict expects one in every state.
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
         buffers = [to_local(self.state[p]["momentum"]) for p in params]
-        grads, old = torch.stack([to_local(p.grad) for p in params]), torch.stack(buffers)  # (n, rows, columns)
+        grads, old = (
+            torch.stack([to_local(cast(Tensor, p.grad)) for p in params]),
+            torch.stack(buffers),
+        )  # (n, rows, columns)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             grads = torch.where(found_inf > 0, old, grads)  # interpolating between equals changes nothing
@@ -102,7 +106,7 @@ class Muon(torch.optim.AdamW):
         if hasattr(params[0], "to_local"):  # sharded: every rank orthogonalises the full matrices and keeps its shard
             from torch.distributed.tensor import DTensor, Replicate, Shard
 
-            mesh, shape = params[0].device_mesh, (len(params), *params[0].shape)
+            mesh, shape = cast(DTensor, params[0]).device_mesh, torch.Size((len(params), *params[0].shape))
             stride = (shape[1] * shape[2], shape[2], 1)
             update = DTensor.from_local(update, mesh, [Shard(1)], shape=shape, stride=stride).full_tensor()
             update = DTensor.from_local(orthogonalize(update), mesh, [Replicate()], run_check=False)

@@ -59,8 +59,9 @@ class LossFunction:
         """
         forward = self.forward
         if is_sharded(self.model):
-            self.model.set_requires_gradient_sync(sync)
-            self.model.set_reshard_after_backward(sync or self.parallel == "fsdp")
+            sharded: Any = self.model
+            sharded.set_requires_gradient_sync(sync)
+            sharded.set_reshard_after_backward(sync or self.parallel == "fsdp")
         elif self.ddp is not None and torch.is_grad_enabled():
             forward = self.ddp
             self.ddp.require_backward_grad_sync = sync  # what DDP.no_sync() sets
@@ -77,12 +78,14 @@ def wrap(model: GPT, cfg: TrainConfig, batch_size: int, dtype: torch.dtype, rt: 
     """
     autocast = autocast_to(dtype, rt.device)
 
-    def build(forward: nn.Module) -> LossFunction:
+    def build(forward: Any) -> LossFunction:
         use_ddp = rt.world_size > 1 and cfg.parallel == "ddp"
         ddp = wrap_ddp(forward, getattr(torch, cfg.reduce_dtype)) if use_ddp else None
         return LossFunction(model, forward, ddp, autocast, cfg.parallel)
 
-    failed, loss_fn, loss = False, None, None
+    failed = False
+    loss_fn: Any = None
+    loss: Any = None
     if cfg.compile:
         try:
             loss_fn = build(torch.compile(Loss(model)))
@@ -155,15 +158,16 @@ def unsharded(model: GPT, parallel: str) -> Iterator[None]:
     if not is_sharded(model):
         yield
         return
+    sharded: Any = model
     for block in model.h:
         block.set_reshard_after_forward(False)
         block.unshard()
-    model.unshard()
+    sharded.unshard()
     yield
     for block in model.h:
         block.set_reshard_after_forward(parallel == "fsdp")
         block.reshard()
-    model.reshard()
+    sharded.reshard()
 
 
 def full_state(state: Any, keep: bool) -> Any:
@@ -182,6 +186,7 @@ def full_state(state: Any, keep: bool) -> Any:
 
 def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Shard loaded optimizer state as its parameters are sharded."""
+    p: Any
     for p, state in optimizer.state.items():
         for key, value in state.items():
             if hasattr(p, "to_local") and isinstance(value, Tensor) and value.shape == p.shape:

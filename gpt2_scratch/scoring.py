@@ -28,7 +28,7 @@ from model import GPT
 
 HELLASWAG = {"endings": list, "label": (str, int)}
 # The tasks' test sets on the Hugging Face hub: dataset, configuration, split, and the fields used.
-HUB = {
+HUB: dict[str, tuple[str, str | None, str, dict[str, Any]]] = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", {"text": str}),
     "wikitext103": ("Salesforce/wikitext", "wikitext-103-raw-v1", "test", {"text": str}),
     "lambada": ("EleutherAI/lambada_openai", "default", "test", {"text": str}),

