@@ -382,7 +382,7 @@ def test_every_id_decodes_at_the_end_of_a_long_prompt(
     [
         (["--top_p", "0"], 2),
         (["--temperature", "-1"], 2),
-        (["--model", "nowhere"], "error: nowhere is neither"),
+        (["--model", "nowhere"], "error: nowhere is not a folder"),
         ([], "error: there is no trained model under out"),
     ],
 )
