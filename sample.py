@@ -246,7 +246,7 @@ def interact(sampler: Sampler) -> None:
     row_number = 0
     while True:
         try:
-            prompt = input("> ")
+            prompt = input("> ").removesuffix("\r")
         except EOFError:
             print()
             return

@@ -1051,6 +1051,7 @@ def test_hf_reads_a_local_dataset_and_says_in_a_sentence_what_is_wrong(tmp_path:
         "config": "hf table --config default --name config",
         "missing": "hf no/such-dataset --name missing",
         "corpus": "fineweb-edu --name corpus",
+        "stories": "tinystories --name stories",
         "column": "hf table --text_column words --name column",
         "test": "hf lines --text_column content --name test --split test --max_tokens 100",
         "nulls": "hf nulls --name nulls",
@@ -1091,6 +1092,7 @@ def test_hf_reads_a_local_dataset_and_says_in_a_sentence_what_is_wrong(tmp_path:
         "card": r"error: the dataset card could not be loaded: .+",
         "missing": r"error: the dataset no/such-dataset could not be loaded: .+",
         "corpus": r"error: the dataset HuggingFaceFW/fineweb-edu could not be loaded: .+",
+        "stories": r"error: the dataset roneneldan/TinyStories could not be loaded: .+",
     }
     for name, message in messages.items():
         assert re.fullmatch(message, ended[name])
