@@ -30,11 +30,11 @@ from gpt2_scratch.scoring import (
     judge_all,
     not_finite,
     read_rows,
-    read_text,
     sliding,
     subset,
     summarise,
 )
+from gpt2_scratch.sources import documents, is_stream
 from gpt2_scratch.tokenizer import Tokenizer, check_vocabulary
 from model import GPT
 
@@ -70,7 +70,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--data",
         metavar="PATH",
-        help="a .jsonl or .parquet file like the task's test set on the hub; for loss, token shards or a text file",
+        help="a file of rows (.jsonl, .parquet, ...) like the task's test set on the hub; for loss, token shards or a "
+        "file of text",
     )
     parser.add_argument("--limit", type=count, metavar="N", help="score N evenly spaced examples (default: all)")
     parser.add_argument(
@@ -85,7 +86,7 @@ def parse_args() -> argparse.Namespace:
     if args.data and len(args.tasks) > 1:
         parser.error("--data is for a single task; give one with --tasks")
     if "loss" in args.tasks and not args.data:
-        parser.error("the task loss needs --data, a folder of token shards or a text file")
+        parser.error("the task loss needs --data, a folder of token shards or a file of text")
     return args
 
 
@@ -95,7 +96,7 @@ def loss(path: Path, source: str | Path, tokenizer: Tokenizer, block_size: int, 
     Bits per byte are comparable across vocabularies, on the same text.
 
     Args:
-        path: a folder of token shards, of which the validation split is scored, or a text file.
+        path: a folder of token shards, of which the validation split is scored, or a file that prepare_data.py reads.
     """
     if path.is_dir():
         meta = read_meta(path)
@@ -106,9 +107,11 @@ def loss(path: Path, source: str | Path, tokenizer: Tokenizer, block_size: int, 
             raise UserError(f"{path} contains id {ids.max()}, outside the vocabulary of {tokenizer.n_vocab}")
         n_bytes = tokenizer.count_bytes(ids)
     else:
-        text = read_text(path)
-        ids = [] if tokenizer.eot is None else [tokenizer.eot]
-        ids, n_bytes = ids + tokenizer.encode(text), len(text.encode())
+        ids, n_bytes = [], 0
+        for text in filter(None, documents(path)):
+            ids += [] if tokenizer.eot is None else [tokenizer.eot]
+            ids += tokenizer.encode(text)
+            n_bytes += len(text.encode())
     if len(ids) < 2:
         raise UserError(f"{path} contains no text")
     return sliding(ids, block_size + 1, stride, {"loss": None, "perplexity": None, "bits_per_byte": n_bytes})
@@ -158,6 +161,8 @@ def score(
 def evaluate(args: argparse.Namespace, rt: Runtime) -> None:
     source = find_model(args.model)
     with all_ranks_or_none(rt):
+        if rt.world_size > 1 and args.data and is_stream(args.data):
+            raise UserError(f"{args.data} can be read only once, and there are {rt.world_size} processes; give a file")
         model, examples = load(args, source, rt.device)
     dtype = pick_dtype(args.dtype, rt.device)
     kind = str(dtype).removeprefix("torch.")

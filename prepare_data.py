@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from gpt2_scratch.cli import UserError, count, number, run_script
 from gpt2_scratch.dataset import SHARD_TOKENS, TOKENIZER_FILE, ShardWriter, file_sha256, open_shard, read_meta
-from gpt2_scratch.sources import Piece, files, find_files, hub, plays, split_name
+from gpt2_scratch.sources import COMPRESSIONS, FORMATS, Piece, files, find_files, hub, is_stream, plays, split_name
 from gpt2_scratch.tokenizer import Tokenizer, known_tokenizers, load_tokenizer, train_bpe
 
 TASK_CHARS = 2**20
@@ -47,6 +47,7 @@ CORPORA: dict[str, dict[str, Any]] = {
     "fineweb-edu": {"dataset": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT"},
     "fineweb": {"dataset": "HuggingFaceFW/fineweb", "config": "sample-10BT"},
     "openwebtext": {"dataset": "Skylion007/openwebtext", "val_share": 0.0005},
+    "tinystories": {"dataset": "roneneldan/TinyStories"},
     "tiny-shakespeare": {"dataset": "karpathy/tiny_shakespeare", "revision": "refs/convert/parquet", "val_share": 0.1},
 }
 
@@ -88,8 +89,8 @@ def parse_arguments() -> argparse.Namespace:
     any_dataset.add_argument("dataset", metavar="NAME")
     any_dataset.add_argument("--config")
     any_dataset.add_argument("--split")
-    own = source("text", "your own .txt, .md, .jsonl, .csv and .parquet files, plain or .gz, .zst, .xz", val_share=0.1)
-    own.add_argument("paths", nargs="+", help="files, folders, or - for standard input")
+    own = source("text", f"your own text: {', '.join(FORMATS)}, plain or {', '.join(COMPRESSIONS)}", val_share=0.1)
+    own.add_argument("paths", nargs="+", help="files, also of plain text by other names; folders; - for standard input")
     for sub in (any_dataset, own):
         sub.add_argument("--text_column", help="field or column with the text")
     shards = source("shards", "ready-made shards of GPT-2 tokens in llm.c's format, used as they are")
@@ -119,12 +120,12 @@ def main(args: argparse.Namespace) -> None:
         run_exclusively(folder, {"source": args.place}, functools.partial(take_shards, args.place, folder))
         return
     text = open_text(args)
-    repeatable = args.source != "text" or "-" not in args.paths
+    repeatable = args.source != "text" or not any(map(is_stream, args.paths))
     workers = min(args.workers, os.cpu_count() or 1, MAX_PROCESSES)
     how = {"val_share": args.val_share, "max_tokens": args.max_tokens, "dedup": args.dedup, "workers": workers}
     if args.train_tokenizer:
         if not repeatable:
-            raise UserError("--train_tokenizer reads the text twice, and standard input can be read once; use a file")
+            raise UserError("--train_tokenizer reads the text twice, and a stream can be read once; use a file")
 
         def train_and_prepare() -> None:
             with tempfile.TemporaryDirectory() as saved:  # where the worker processes find it
@@ -199,13 +200,13 @@ def open_text(args: argparse.Namespace) -> Text:
         return Text(plays(), args.source)
     if args.source == "text":
         names = find_files(args.paths)
-        on_disk = [Path(name) for name in names if name != "-"]
+        on_disk = [Path(name) for name in names if not is_stream(name)]
         stats: list[Any] = [[path.stat().st_size, path.stat().st_mtime_ns] for path in on_disk]
         packed = [".parquet" in split_name(path) or split_name(path)[1] != "" for path in on_disk]
         text_bytes = sum(size * (4 if is_packed else 1) for (size, _), is_packed in zip(stats, packed))
         expected_tokens = text_bytes // (1 if args.tokenizer == "bytes" else 4)
-        if "-" in names:
-            stats.append(time.time_ns())  # standard input differs each time
+        if len(on_disk) < len(names):
+            stats.append(time.time_ns())  # a stream differs each time
         return Text(files(names, args.text_column), names, args.text_column, expected_tokens, stats)
     options = {name: value for name, value in (("name", args.config), ("revision", args.revision)) if value}
     pieces = hub(args.dataset, args.text_column, args.split, **options)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,8 @@ from gpt2_scratch.cli import UserError, as_text, count, number, run_script
 from gpt2_scratch.cpu.decode import kernels, prepare
 from gpt2_scratch.device import describe, pick_device, pick_dtype
 from gpt2_scratch.generation import Generation
-from gpt2_scratch.scoring import not_finite, read_text
+from gpt2_scratch.scoring import not_finite
+from gpt2_scratch.sources import read_text
 from gpt2_scratch.tokenizer import Tokenizer
 
 # Compiling takes about half a minute. On CUDA it pays off for long texts; on a CPU it gains nothing.
@@ -239,10 +241,12 @@ def interact(sampler: Sampler) -> None:
         import readline  # noqa: F401  (line editing and history for input())
     except ImportError:
         pass  # on Windows the terminal does it
+    if not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8-sig")  # as files are read
     row_number = 0
     while True:
         try:
-            prompt = input("> ")
+            prompt = input("> ").removesuffix("\r")
         except EOFError:
             print()
             return
@@ -260,7 +264,7 @@ def sample(args: argparse.Namespace) -> None:
         raise UserError(f"{args.output} already exists; remove it or choose another file")
     prompts = [args.prompt]
     if args.prompts_file:
-        prompts = read_text(args.prompts_file).removesuffix("\n").split("\n")
+        prompts = re.split(r"\r?\n", re.sub(r"\r?\n\Z", "", read_text(args.prompts_file)))
         if prompts == [""]:
             raise UserError(f"{args.prompts_file} has no lines")
     sampler = Sampler(args)

@@ -4,7 +4,7 @@ An example is some rows of tokens and a judge, which turns the rows' likelihoods
 score is the sum of sums over the sum of counts. So one loop runs every task, whatever the row lengths and world size.
 """
 
-import json
+import io
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from gpt2_scratch import sources
 from gpt2_scratch.checkpoint import load_model
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.distributed import Runtime
-from gpt2_scratch.sources import require_datasets
+from gpt2_scratch.sources import hub_errors, require_datasets, split_name
 from gpt2_scratch.tokenizer import Tokenizer
 from model import GPT
 
@@ -195,60 +196,26 @@ def read_rows(task: str, file: str | None = None) -> list[dict[str, Any]]:
     """The rows of a task's test set, from the Hugging Face hub or a file with the same fields.
 
     Args:
-        file: JSON lines, Parquet, or for WikiText its text.
+        file: of rows, in any format that prepare_data.py reads, or for WikiText its text.
     """
     dataset, config, split, fields = HUB[task]
     if file is None:
         require_datasets()
         from datasets import load_dataset  # optional
-        from datasets.exceptions import DatasetsError
 
-        try:
+        with hub_errors(f"{dataset} could not be loaded from the hub", "; give a file of it"):
             rows = list(load_dataset(dataset, config, split=split))
-        except (DatasetsError, ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{dataset} could not be loaded from the hub ({reason}); give a file of it") from error
+    elif task.startswith("wikitext") and split_name(Path(file))[0] not in sources.ROWS:
+        lines = io.StringIO(sources.read_text(Path(file)), newline="\n")
+        rows = [{"text": line if line.strip() else ""} for line in lines]  # like the hub's rows
     else:
-        rows = _read_file(Path(file), as_text=task.startswith("wikitext"))
+        rows = sources.read_rows(Path(file))
     for number, row in enumerate(rows, start=1):
         for name, kind in fields.items():
-            if not isinstance(row, dict) or not isinstance(row.get(name), kind):
+            if not isinstance(row.get(name), kind):
                 raise UserError(f"{file or dataset}, row {number}: no valid {name!r}; is it the test set of {task}?")
     if not rows:
         raise UserError(f"{file or dataset} is empty")
-    return rows
-
-
-def read_text(path: Path) -> str:
-    """Read UTF-8 that a user named; raise UserError if the file is missing or isn't UTF-8."""
-    if not path.is_file():
-        raise UserError(f"there is no file {path}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8; convert it") from error
-
-
-def _read_file(path: Path, as_text: bool) -> list[Any]:
-    if path.suffix == ".parquet" and path.is_file():
-        import pyarrow
-        from pyarrow import parquet
-
-        try:
-            return parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path} is not a complete Parquet file: {str(error).splitlines()[0]}") from error
-    lines = read_text(path).splitlines(keepends=True)
-    if path.suffix not in (".json", ".jsonl"):
-        if not as_text:
-            raise UserError(f"{path} is neither .jsonl nor .parquet")
-        return [{"text": line if line.strip() else ""} for line in lines]  # like the hub's rows
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: not a JSON object") from error
     return rows
 
 

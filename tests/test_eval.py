@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_end_to_end import ROOT, metrics, run_tiny
+from test_sources import in_format, write
 from transformers import GPT2LMHeadModel
 
 import eval as script
@@ -320,8 +321,78 @@ def test_data_comes_from_the_hub_as_from_a_file(
     monkeypatch.setitem(scoring.HUB, "hellaswag", (str(tmp_path / "set"), *scoring.HUB["hellaswag"][1:]))
     assert scoring.read_rows("hellaswag") == hellaswag_rows == scoring.read_rows("hellaswag", str(file))
     monkeypatch.setitem(scoring.HUB, "lambada", (str(tmp_path / "none"), *scoring.HUB["lambada"][1:]))
-    with pytest.raises(ValueError, match=r"none could not be loaded from the hub .*; give a file of it"):
+    with pytest.raises(ValueError, match=r"none could not be loaded from the hub: .*; give a file of it"):
         scoring.read_rows("lambada")
+    (tmp_path / "set" / "set.py").write_text("import datasets\n")
+    with pytest.raises(ValueError, match=r"set could not be loaded from the hub: Dataset scripts are no longer"):
+        scoring.read_rows("hellaswag")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".ndjson.gz", ".json", ".csv.zst", ".tsv", ".parquet.xz"])
+def test_rows_are_read_as_prepare_data_reads_them(lambada_rows: list[dict], tmp_path: Path, kind: str) -> None:
+    """With a byte order mark, and characters that Python's splitlines takes for ends of lines."""
+    texts = [row["text"] for row in lambada_rows] + ["a\u2028b\x85c d"]
+    content = in_format(Path(kind).stem if kind.count(".") > 1 else kind, texts)
+    content = content if "parquet" in kind else b"\xef\xbb\xbf" + content.replace(b"\\u2028", "\u2028".encode())
+    rows = scoring.read_rows("lambada", str(write(tmp_path / f"test{kind}", content)))
+    assert [row["text"] for row in rows] == texts
+
+
+def test_the_text_of_wikitext_keeps_its_line_ends(tmp_path: Path) -> None:
+    text = " \n = Title = \n \n one\u2028two\x85 \r\nthree\x0cfour"
+    path = write(tmp_path / "wiki.test.raw.gz", b"\xef\xbb\xbf" + text.encode())
+    texts = [row["text"] for row in scoring.read_rows("wikitext2", str(path))]
+    assert texts == ["", " = Title = \n", "", " one\u2028two\x85 \r\n", "three\x0cfour"]
+
+
+def test_loss_is_that_of_the_text_however_it_is_stored(folder: str, tmp_path: Path, score: Callable) -> None:
+    text = "to be or not\r\nto be, that is the question: é\n" * 5
+    bom = b"\xef\xbb\xbf"
+    files = {
+        "plain.txt": text.encode(),
+        "bom.txt": bom + text.encode(),
+        "packed.txt.gz": bom + text.encode(),
+        "rows.jsonl": bom + in_format(".jsonl", [text, None, ""]),
+        "lf.txt": text.replace("\r", "").encode(),
+        "two.jsonl": in_format(".jsonl", [text, text]),
+    }
+    found = {}
+    for name, content in files.items():
+        score(
+            folder, "--tasks", "loss", "--data", write(tmp_path / name, content), "--output", tmp_path / f"{name}.out"
+        )
+        found[name] = json.loads((tmp_path / f"{name}.out").read_text())["scores"]["loss"]
+    assert found["plain.txt"] == found["bom.txt"] == found["packed.txt.gz"] == found["rows.jsonl"]
+    assert found["lf.txt"]["loss"]["value"] != found["plain.txt"]["loss"]["value"]
+    eot, ids = 50256, load_tokenizer("gpt2").encode(text)
+    model = GPT.from_pretrained(folder).eval()
+    for name, row in (("plain.txt", [eot, *ids]), ("two.jsonl", [eot, *ids, eot, *ids])):
+        idx = torch.tensor([row[:129]])
+        expected = torch.nn.functional.cross_entropy(model(idx[:, :-1], idx[:, 1:])[0][0], idx[0, 1:]).item()
+        if len(row) <= 129:
+            assert found[name]["loss"]["value"] == pytest.approx(expected, abs=1e-4)
+        assert found[name]["loss"]["examples"] == -(-(len(row) - 1) // 128)
+
+
+@pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="needs /dev/stdin")
+@pytest.mark.parametrize("name", ["-", "/dev/stdin"])
+def test_data_comes_through_a_pipe_to_one_process(folder: str, tmp_path: Path, score: Callable, name: str) -> None:
+    text = b"\xef\xbb\xbfto be or not to be"
+    score(folder, "--tasks", "loss", "--data", write(tmp_path / "a.txt", text), "--output", tmp_path / "file.json")
+    flags = [folder, "--tasks", "loss", "--data", name, "--device", "cpu", "--dtype", "float32", "--output"]
+    command = [sys.executable, ROOT / "eval.py", *flags, tmp_path / "pipe.json"]
+    done = subprocess.run(list(map(str, command)), input=text, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{kind}.json").read_text())["scores"] for kind in ("file", "pipe"))
+    assert one == two
+    if name == "-":  # each of two processes would get a part
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        done = subprocess.run(
+            list(map(str, [*torchrun, *command[1:-1], tmp_path / "x"])), input=text, capture_output=True
+        )
+        assert (
+            done.returncode and b"error: - can be read only once, and there are 2 processes; give a file" in done.stderr
+        )
 
 
 def test_two_processes_score_as_one(folder: str, lambada_rows: list[dict], tmp_path: Path, score: Callable) -> None:
@@ -427,12 +498,12 @@ ROW = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
         ("lambada", "", "test.jsonl is empty"),
         ("lambada", "not json\n", "test.jsonl, line 1: not a JSON object"),
         ("lambada", '{"text": 3}\n', "test.jsonl, row 1: no valid 'text'; is it the test set of lambada?"),
-        ("lambada", "[1]\n", "row 1: no valid 'text'"),
+        ("lambada", "[1]\n", r"test.jsonl, line 1: not a JSON object but \[1\]"),
         ("hellaswag", '{"text": "x"}\n', "row 1: no valid 'ctx'; is it the test set of hellaswag"),
         ("hellaswag", json.dumps(ROW | {"label": ""}) + "\n", "label is '', not the index of an ending"),
         ("hellaswag", json.dumps(ROW | {"label": 4}) + "\n", "label is '4'"),
         ("lambada", json.dumps({"text": "a " + "long" * 400}) + "\n", "example 1 has .* tokens to predict, and the co"),
-        ("loss", b"\xff\xfe", "test.jsonl is not UTF-8"),
+        ("loss", '{"text": "a"}\n{"text": "\xff"}'.encode("latin-1"), "test.jsonl, line 2: not a JSON object in UTF-8"),
         ("loss", "", "test.jsonl contains no text"),
     ],
 )
@@ -444,6 +515,23 @@ def test_bad_data_is_named(
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(SystemExit, match=expected):
         score(folder, "--tasks", task, "--data", file)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "expected"),
+    [
+        ("loss", "a.txt", r"a\.txt, line 2: byte 0xff is not UTF-8; convert the file"),
+        ("wikitext2", "a.raw", r"a\.raw, line 2: byte 0xff is not UTF-8; convert the file"),
+        ("lambada", "a.txt", r"a\.txt has no rows; give \.jsonl, .*\.parquet, plain or \.gz, \.zst, \.xz"),
+        ("lambada", "a.tar.gz", r"a\.tar\.gz is packed as \.tar\.gz; unpack it"),
+        ("loss", "a.zip", r"a\.zip is packed as \.zip; unpack it"),
+    ],
+)
+def test_files_of_other_formats_are_refused(
+    task: str, name: str, expected: str, folder: str, tmp_path: Path, score: Callable
+) -> None:
+    with pytest.raises(SystemExit, match=expected):
+        score(folder, "--tasks", task, "--data", write(tmp_path / name, b"a\n\xff"))
 
 
 def test_what_does_not_fit_is_named(folder: str, workplace: Path, score: Callable, tmp_path: Path) -> None:

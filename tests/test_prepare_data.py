@@ -1,5 +1,6 @@
 """From text to a data folder: the plays, one's own files, killed and begun again, and what happens when it is wrong."""
 
+import argparse
 import errno
 import functools
 import gzip
@@ -923,12 +924,14 @@ def test_folders_give_files_of_known_formats_at_any_depth_beside_named_files(pre
     write_files(files / "below", 1)
     (files / "notes.md").write_bytes(b"\xef\xbb\xbfnotes\r\nof mine")
     (files / "picture.png").write_bytes(b"\xff\xfe")
+    (files / "rows.tsv").write_text("id\ttext\n1\ta row\n2\t\n3\n")
     (tmp_path / "code.py").write_text("pass")
     data = prepare("text", files, tmp_path / "code.py", "--tokenizer", "bytes", "--name", "all") / "all"
     meta = json.loads((data / "meta.json").read_text())
-    assert (meta["documents"], meta["duplicates"]) == (5, 1)  # below/00.txt is as 00.txt
+    # below/00.txt is as 00.txt; one text of the rows is empty, one missing
+    assert (meta["documents"], meta["duplicates"], meta["empty"]) == (6, 1, 2)
     found = documents(data, "train") + documents(data, "val")
-    assert {"notes\r\nof mine", "pass"} < set(found)
+    assert {"notes\r\nof mine", "pass", "a row"} < set(found)
 
 
 def test_a_dash_reads_standard_input(tmp_path: Path) -> None:
@@ -938,6 +941,24 @@ def test_a_dash_reads_standard_input(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     train, val = (ids_of(tmp_path / "data" / "text-bytes", split) for split in ("train", "val"))
     assert bytes(train[1:] + val[1:]).decode() == text
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists() or not shutil.which("bash"), reason="needs /dev/fd and bash")
+@pytest.mark.parametrize("source", ["text <(cat one.txt)", "text /dev/stdin", "text pipe"])
+def test_pipes_are_read_as_standard_input_is(tmp_path: Path, source: str) -> None:
+    text = "é\r\nto be or not to be\n" * 100
+    (tmp_path / "one.txt").write_bytes(text.encode())
+    os.mkfifo(tmp_path / "pipe")
+    feed = "cat one.txt > pipe &" if source == "text pipe" else "cat one.txt |"
+    command = f'{feed} "{sys.executable}" "{SCRIPT}" {source} --tokenizer bytes --workers 1 --name x'
+    ended = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert ended.returncode == 0, ended.stderr
+    train, val = (ids_of(tmp_path / "data" / "x", split) for split in ("train", "val"))
+    assert bytes(train[1:] + val[1:]).decode() == text
+    # What an interrupted preparation read from the pipe was another text, so the next one starts again.
+    for name, differs in (("pipe", True), ("one.txt", False)):
+        args = argparse.Namespace(source="text", paths=[str(tmp_path / name)], tokenizer="bytes", text_column="text")
+        assert (prepare_data.open_text(args).file_stats != prepare_data.open_text(args).file_stats) == differs
 
 
 def test_a_single_file_is_cut_and_its_end_held_out(prepare: Prepare, tmp_path: Path) -> None:
@@ -1009,6 +1030,19 @@ def test_hf_reads_a_local_dataset_and_says_in_a_sentence_what_is_wrong(tmp_path:
     lines = [json.dumps({"content": text, "id": i}) + "\n" for i, text in enumerate(texts)]
     (tmp_path / "lines" / "train.jsonl").write_text("".join(lines))
     (tmp_path / "lines" / "test.jsonl").write_text("".join(lines[:10]))
+    rows = {
+        "nulls": ['{"text": "a", "id": 1}', '{"text": null, "id": 2}', '{"id": 3}', '{"text": ""}', '{"text": "b"}'],
+        "struct": ['{"text": "a", "more": null}'],
+        "script": ['{"text": "a"}'],
+        "empty": [],
+        "card": ['{"text": "a"}'],
+    }
+    for name, those in rows.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train-1.jsonl").write_text("".join(row + "\n" for row in those))
+    (tmp_path / "struct" / "train-2.jsonl").write_text('{"text": "b", "more": {"x": 1}}\n')
+    (tmp_path / "script" / "script.py").write_text("import datasets\n")
+    (tmp_path / "card" / "README.md").write_text("---\nconfigs: [\n---\n")
     env = os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     commands = {
         "table": "hf table --name table",
@@ -1017,8 +1051,15 @@ def test_hf_reads_a_local_dataset_and_says_in_a_sentence_what_is_wrong(tmp_path:
         "config": "hf table --config default --name config",
         "missing": "hf no/such-dataset --name missing",
         "corpus": "fineweb-edu --name corpus",
+        "stories": "tinystories --name stories",
         "column": "hf table --text_column words --name column",
         "test": "hf lines --text_column content --name test --split test --max_tokens 100",
+        "nulls": "hf nulls --name nulls",
+        "number": "hf nulls --name number --text_column id",
+        "struct": "hf struct --name struct",
+        "script": "hf script --name script",
+        "empty": "hf empty --name empty",
+        "card": "hf card --name card",
     }
     command = [sys.executable, "-c", ONE_AFTER_ANOTHER, json.dumps(commands)]
     done = subprocess.run(
@@ -1038,11 +1079,20 @@ def test_hf_reads_a_local_dataset_and_says_in_a_sentence_what_is_wrong(tmp_path:
     meta = json.loads((tmp_path / "data" / "lines" / "meta.json").read_text())
     assert (meta["source"], meta["documents"]) == ({"dataset": "lines", "split": "train"}, 50)
     assert ended["test"] is None, ended["test"]
+    assert ended["nulls"] is None, ended["nulls"]
+    meta = json.loads((tmp_path / "data" / "nulls" / "meta.json").read_text())
+    assert (meta["documents"], meta["empty"]) == (2, 3)
     messages = {
         "split": r"error: .*nowhere.*",
         "column": r"error: table, row 1: no text in 'words'; choose one with --text_column: id, text",
+        "number": r"error: nulls, row 1: no text in 'id'; choose one with --text_column: text, id",
+        "struct": r"error: the dataset struct could not be loaded: Couldn't cast array of type struct<x: int64> to .+",
+        "script": r"error: the dataset script could not be loaded: Dataset scripts are no longer supported.+",
+        "empty": r"error: the dataset empty could not be loaded: .+",
+        "card": r"error: the dataset card could not be loaded: .+",
         "missing": r"error: the dataset no/such-dataset could not be loaded: .+",
         "corpus": r"error: the dataset HuggingFaceFW/fineweb-edu could not be loaded: .+",
+        "stories": r"error: the dataset roneneldan/TinyStories could not be loaded: .+",
     }
     for name, message in messages.items():
         assert re.fullmatch(message, ended[name])
@@ -1202,7 +1252,10 @@ def test_nothing_but_empty_documents_is_an_error(prepare: Prepare, tmp_path: Pat
     ("args", "message"),
     [
         (["nowhere.txt"], "error: there is no file or folder nowhere.txt"),
-        (["."], r"error: \. has no \.txt, \.md, \.jsonl, \.parquet, \.csv files, plain or \.gz"),
+        (
+            ["."],
+            r"error: \. has no \.txt, \.md, \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.parquet files, plain or \.gz",
+        ),
         ([str(SCRIPT), "--tokenizer", "gpt-2"], "error: there is no tokenizer 'gpt-2', .*; did you mean gpt2"),
         ([str(SCRIPT), "--name", "../mine"], "error: '../mine' is not a plain folder name"),
         ([str(SCRIPT), "--name", "/mine"], "error: '/mine' is not a plain folder name"),

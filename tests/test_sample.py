@@ -1,5 +1,6 @@
 """The command line that writes text, with a model whose texts and probabilities are known by hand."""
 
+import gzip
 import io
 import json
 import math
@@ -86,7 +87,7 @@ def script(model: str, *flags: object) -> subprocess.CompletedProcess:
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
 
 
 # Tokens to text
@@ -341,6 +342,52 @@ def test_no_prompts(content: bytes | None, run: Callable[..., None], tmp_path: P
     with pytest.raises(ValueError, match=r"prompts\.txt"):
         run("--prompts_file", path, "--output", tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        ("\ufeffa\r\né\r\n", ["a", "é"]),
+        ("\ufeffa\n\r\né", ["a", "", "é"]),
+        ("a\rb\u2028c\n\n", ["a\rb\u2028c", ""]),
+    ],
+)
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.txt.gz", "-"])
+def test_each_line_of_a_file_is_a_prompt_without_its_end(
+    content: str,
+    prompts: list[str],
+    name: str,
+    run: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode()), "ascii"))
+    Path("prompts.txt").write_bytes(content.encode())
+    Path("prompts.txt.gz").write_bytes(gzip.compress(content.encode()))
+    run("--prompts_file", name, "--output", "out.jsonl", "--max_new_tokens", 1)
+    assert [line["prompt"] for line in lines(Path("out.jsonl"))] == prompts
+
+
+@pytest.mark.skipif(not Path("/dev/stdin").exists(), reason="needs /dev/stdin")
+@pytest.mark.parametrize("flags", [["--interactive"], ["--prompts_file", "/dev/stdin"]])
+def test_prompts_through_a_pipe_have_no_byte_order_mark(model: str, flags: list[str]) -> None:
+    command = [sys.executable, SCRIPT, "--model", model, *flags, "--max_new_tokens", "1", "--seed", "1"]
+    outputs = [
+        subprocess.run(command, input=text, capture_output=True, env=ENVIRONMENT | {"LC_ALL": locale}, timeout=300)
+        for text in ("é\nc\n".encode(), "\ufeffé\r\nc\r\n".encode())
+        for locale in ("C.UTF-8", "POSIX")
+    ]
+    assert all(done.returncode == 0 for done in outputs), outputs
+    plain = outputs[0].stdout.decode()
+    assert {done.stdout.decode() for done in outputs} == {plain} and "é" in plain and "cb" in plain
+
+
+@pytest.mark.parametrize("name", ["prompts.jsonl", "prompts.csv.gz"])
+def test_rows_are_no_prompts(name: str, run: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"text\n")
+    with pytest.raises(UserError, match=f"{re.escape(name)} has rows; give a file of plain text"):
+        run("--prompts_file", tmp_path / name)
 
 
 def test_a_missing_prompts_file_is_one_sentence(run: Callable[..., None], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ TEXTS = [
     "a\r\nb",
     "last\\n",
 ]
-ROWS = [".jsonl", ".csv", ".parquet"]
+ROWS = [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"]
 COMPRESSIONS = ["", ".gz", ".zst", ".xz"]
 
 
@@ -60,11 +61,13 @@ def write(path: Path, content: bytes) -> Path:
 
 def in_format(kind: str, texts: list[Any], column: str = "text") -> bytes:
     """The rows of a file, beside a column of numbers."""
-    if kind == ".jsonl":
+    if kind in (".jsonl", ".ndjson"):
         return "".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)).encode()
-    if kind == ".csv":
+    if kind == ".json":
+        return json.dumps([{"id": i, column: text} for i, text in enumerate(texts)], indent=2).encode()
+    if kind in (".csv", ".tsv"):
         table = io.StringIO(newline="")
-        writer = csv.writer(table)
+        writer = csv.writer(table, delimiter="," if kind == ".csv" else "\t")
         writer.writerows([["id", column], *enumerate(texts)])
         return table.getvalue().encode()
     buffer = io.BytesIO()
@@ -168,11 +171,12 @@ def test_a_file_of_plain_text_is_one_document(tmp_path: Path, kind: str, compres
     assert read(write(tmp_path / f"other{kind}{compression}", text.encode())) == [text]
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
 def test_a_byte_order_mark_and_crlf_lines_do_no_harm(tmp_path: Path, kind: str) -> None:
     content = in_format(kind, ["one", "two"]).replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
     assert read(write(tmp_path / f"mine{kind}", b"\xef\xbb\xbf" + content)) == ["one", "two"]
-    bom_first = b"\xef\xbb\xbf" + (b"text\r\none\r\n" if kind == ".csv" else b'{"text": "one"}')
+    first = {".csv": b"text\r\none\r\n", ".jsonl": b'{"text": "one"}', ".json": b'["one"]'}[kind]
+    bom_first = b"\xef\xbb\xbf" + first
     assert read(write(tmp_path / f"first{kind}", bom_first)) == ["one"]
 
 
@@ -186,9 +190,20 @@ def test_blank_lines_of_jsonl_are_passed_over(tmp_path: Path) -> None:
     assert read(write(tmp_path / "mine.jsonl", b'\n{"text": "one"}\n \n\n{"text": "two"}')) == ["one", "two"]
 
 
-def test_nul_bytes_and_half_surrogate_pairs_are_read(tmp_path: Path) -> None:
-    lines = b'{"text": "a\\u0000b"}\n{"text": "c\\ud800d"}\n{"text": "\\ud83d\\ude42"}\n'
-    assert read(write(tmp_path / "mine.jsonl", lines)) == ["a\0b", "c\ud800d", "🙂"]
+@pytest.mark.parametrize("kind", [".jsonl", ".json"])
+def test_lone_surrogates_become_replacement_characters(tmp_path: Path, kind: str) -> None:
+    rows = [
+        b'{"text": "half \\ud800"}',
+        b'{"text": "\\ud83d\\ude42 \\uDE42!"}',
+        b'{"text": "\\\\ud800", "\\udc00": ["\\udc00"]}',
+    ]
+    path = write(tmp_path / f"mine{kind}", b"\n".join(rows) if kind == ".jsonl" else b"[" + b",".join(rows) + b"]")
+    assert read(path) == ["half \ufffd", "🙂 \ufffd!", "\\ud800"]
+    assert sources.read_rows(path)[2] == {"text": "\\ud800", "\ufffd": ["\ufffd"]}
+
+
+def test_nul_bytes_are_read(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "mine.jsonl", b'{"text": "a\\u0000b"}\n')) == ["a\0b"]
     assert read(write(tmp_path / "mine.txt", b"a\0b")) == ["a\0b"]
     assert read(write(tmp_path / "mine.csv", b"text\na\0b\n")) == ["a\0b"]
     assert read(write(tmp_path / "mine.parquet", in_format(".parquet", ["a\0b"]))) == ["a\0b"]
@@ -304,11 +319,11 @@ def test_a_character_over_the_end_of_what_is_read_at_a_time_is_no_mistake(tmp_pa
         (b'{"text": "caf\xe9"}', "not a JSON object in UTF-8 ("),
         (b"not JSON", "not a JSON object in UTF-8 ("),
         (b'{"text": "no end', "not a JSON object in UTF-8 ("),
-        (b'{"body": "x"}', "no text in 'text'; choose its field with --text_column"),
-        (b'{"text": null}', "no text in 'text'; choose its field with --text_column"),
-        (b'{"text": 7}', "no text in 'text'; choose its field with --text_column"),
-        (b'["text"]', "no text in 'text'; choose its field with --text_column"),
-        (b"null", "no text in 'text'; choose its field with --text_column"),
+        (b'{"text": 7}', "no text in 'text'; choose one with --text_column: text"),
+        (b'{"text": {"x": "y"}, "id": 1}', "no text in 'text'; choose one with --text_column: text, id"),
+        (b'["text"]', 'not a JSON object but ["text"]'),
+        (b"null", "not a JSON object but null"),
+        (b"[" * 100_000, "not a JSON object in UTF-8 ("),
     ],
 )
 def test_a_bad_line_of_jsonl_is_refused_with_its_number(tmp_path: Path, line: bytes, message: str) -> None:
@@ -319,19 +334,218 @@ def test_a_bad_line_of_jsonl_is_refused_with_its_number(tmp_path: Path, line: by
 
 def test_a_csv_file_without_the_column_or_with_a_bad_row_is_refused_with_its_line(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.csv", b"id,body\n1,a\n")
-    assert refused(path) == f"{path}, line 2: no text in 'text'; choose its column with --text_column"
-    path = write(tmp_path / "short.csv", b'id,text\n1,"a\nb"\n2\n')
-    assert refused(path) == f"{path}, line 4: no text in 'text'; choose its column with --text_column"
+    assert refused(path) == f"{path}, line 2: no text in 'text'; choose one with --text_column: id, body"
+    path = write(tmp_path / "long.csv", b'id,text\n1,"a\nb"\n2,Well, then\n')
+    assert refused(path) == (
+        f"{path}, line 4: 3 fields under 2 columns; put quotes around fields that hold a delimiter"
+    )
+    assert read(write(tmp_path / "ends.csv", b"id,text\n1,a,\n2,b,,\n")) == ["a", "b"]
     path = write(tmp_path / "coding.csv", b"id,text\n1,a\n2,caf\xe9\n")
     assert refused(path) == f"{path}, line 3: byte 0xe9 is not UTF-8; convert the file"
 
 
-def test_a_parquet_file_without_the_column_or_with_nulls_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('id,text\n1,a\n2,"no end\n3,c\n4,d\n', 3),
+        ('id,text\n1,a\n2,"no end\n3,"c"\n4,d\n', 3),
+        ('id,text\n1,a\n\n2,"no end\n3,c, "d"\n', 4),
+        ('text,id\n"a\n\nb","no end\nc,1\n', 4),
+        ('text,id\n"a ""x"", b\n""c"", d","no end\nc,1\n', 3),
+        ('text,id,more\n"a\nb","c\nd",5\n"e\n"f\n', 5),
+        ('"text,id\na,1\n', 1),
+        ('text,id\na,1\n"', 3),
+    ],
+)
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_a_quote_that_is_never_closed_is_refused_with_its_line(
+    tmp_path: Path, content: str, line: int, delimiter: str
+) -> None:
+    kind = ".csv" if delimiter == "," else ".tsv"
+    path = write(tmp_path / f"mine{kind}", content.replace(",", delimiter).encode())
+    message = refused(path)
+    assert message.startswith(f"{path}, line {line}: ") and "is a quote that opens here never closed?" in message
+
+
+def test_a_quote_that_is_never_closed_does_not_take_the_rest_of_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAX_FIELD", 10_000)
+    path = write(tmp_path / "mine.csv", b'text\na\n"b\n' + b"word word\n" * 10_000)
+    assert refused(path).startswith(f"{path}, line 3: field larger than field limit (10000)")
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_null_and_missing_texts_are_empty_documents(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / f"mine{kind}", in_format(kind, ["a", None, "", "b"]))
+    assert read(path) == ["a", "", "", "b"]
+    first = write(tmp_path / f"first{kind}", in_format(kind, [None, "a"]))
+    assert read(first) == ["", "a"]
+
+
+def test_a_field_that_some_rows_lack_is_empty_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.jsonl", b'{"text": "a"}\n{"id": 1}\n{}\n{"text": "b"}\n')
+    assert read(path) == ["a", "", "", "b"]
+    assert read(write(tmp_path / "mine.csv", b"id,text\n1\n2,b\n3\n")) == ["", "b", ""]
+    path = write(tmp_path / "none.jsonl", b'\n{"id": 1, "body": "x"}\n{"text": "b"}\n')
+    assert refused(path) == f"{path}, line 2: no text in 'text'; choose one with --text_column: id, body"
+    # Each file anew: one without the column would be left out whole.
+    with pytest.raises(ValueError, match=r"none\.jsonl, line 2: no text"):
+        list(files([str(tmp_path / "mine.jsonl"), str(path)], "text"))
+
+
+def test_json_holds_an_array_of_rows_or_of_texts_or_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [
+        b' [ {"text": "one"} ,\n {"text": "[two, ]", "more": [{"text": "x"}, {}]}\n,{"text":"three"}]\n ',
+        b'["one", "[two, ]", "three"]',
+        b'{"text": "one"}\n{"text": "[two, ]"}\n{"text": "three"}\n',
+    ]
+    for content in contents:
+        assert read(write(tmp_path / "mine.json", content)) == ["one", "[two, ]", "three"]
+        assert read(write(tmp_path / "mine.json.gz", content)) == ["one", "[two, ]", "three"]
+    for content in (b"[]", b" [ ] ", b""):
+        assert read(write(tmp_path / "mine.json", content)) == []
+    texts = [f"{i} é\n" * (i % 7 * 1000) for i in range(300)] + ["x" * 5_000_000, "end"]
+    assert read(write(tmp_path / "large.json", in_format(".json", texts))) == texts
+    lines = write(tmp_path / "other.json", b'["one", "two"]')
+    assert read(lines, "body") == ["one", "two"]
+    monkeypatch.setattr(sources, "MAX_FIELD", 10**6)
+    open_end = write(tmp_path / "open.json", b'["' + b"x" * 5_000_000)
+    assert refused(open_end) == f"{open_end}, row 1: not a JSON object, or not all of it"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{\n  "text": "a"\n}\n', ", line 1: not a JSON object in UTF-8 ("),
+        (b'{"data": [{"text": "a"}]}', ", line 1: no text in 'text'; choose one with --text_column: data"),
+        (b"[1, 2]", ", row 1: not a JSON object but 1"),
+        (b'[{"text": "a"}, ["b"]]', ', row 2: not a JSON object but ["b"]'),
+        (b'[{"text": "a"}, {"text": "b"', ", row 2: not a JSON object, or not all of it"),
+        (b'[{"text": "a"}', ", row 2: not a JSON object, or not all of it"),
+        (b'[{"text": "a"} nonsense]', ", row 2: not a JSON object, or not all of it"),
+        (b'[{"text": "a"}]\n[{"text": "b"}]', ": more follows its array of rows; give one object a line instead"),
+        (b'"text"', ', line 1: not a JSON object but "text"'),
+        (b'[{"text": "a"},\n{"text": "caf\xe9"}]', ", line 2: byte 0xe9 is not UTF-8; convert the file"),
+    ],
+)
+def test_other_json_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = write(tmp_path / "mine.json", content)
+    assert refused(path).startswith(f"{path}{message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *((name, "is packed as .tar") for name in ("a.tar", "a.tar.gz", "a.TAR.zst", "a.tar.xz")),
+        *((f"a{kind}", f"is packed as {kind}; unpack it") for kind in (".tgz", ".zip", ".7z", ".bz2", ".rar")),
+        *((f"a{kind}", f"is not plain text but {kind}; conv") for kind in (".pdf", ".docx", ".epub", ".html", ".rtf")),
+    ],
+)
+def test_formats_that_are_not_read_are_refused_by_name(tmp_path: Path, name: str, message: str) -> None:
+    path = write(tmp_path / name, b"text")
+    readers = [sources.read_text, sources.read_rows, lambda path: list(sources.documents(path))]
+    for reader in [*readers, lambda path: find_files([str(write(tmp_path / "b.txt", b"text")), str(path)])]:
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{path} {message}')}"):
+            reader(path)
+
+
+@pytest.mark.parametrize("name", ["README", "thesis.tex", "code.py", "notes.2024", "packed.gz"])
+def test_a_name_that_says_nothing_is_plain_text_unless_a_nul_byte_says_otherwise(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, "naïve\r\ntext".encode())
+    assert find_files([str(path)]) == [str(path)] and read(path) == ["naïve\r\ntext"]
+    binary = write(tmp_path / name, b"a\n" * 600_000 + b"b\nc\0d\n")
+    assert refused(binary) == (f"{binary}, line 600002: a NUL byte, so this is not plain text; convert the file")
+
+
+def test_every_reader_of_text_reads_alike(tmp_path: Path) -> None:
+    text = "one\r\ntwo\rthree\n\u2028four\x85"
+    for name in ("a.txt", "a.txt.gz", "a.md.zst", "a.xz", "a"):
+        path = write(tmp_path / name, b"\xef\xbb\xbf" + text.encode())
+        assert sources.read_text(path) == text and list(sources.documents(path)) == read(path) == [text]
+        bad = write(tmp_path / name, b"one\n\xe9")
+        with pytest.raises(ValueError, match=f"^{re.escape(str(bad))}, line 2: byte 0xe9 is not UTF-8; convert the"):
+            sources.read_text(bad)
+    rows = write(tmp_path / "rows.jsonl.gz", in_format(".jsonl", ["one", None, "two"]))
+    assert list(sources.documents(rows)) == ["one", "", "two"]
+    with pytest.raises(ValueError, match=r"rows\.jsonl\.gz has rows; give a file of plain text"):
+        sources.read_text(rows)
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"^there is no file "):
+            sources.read_text(place)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_are_read_whole(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / f"mine{kind}.gz", in_format(kind, ["a\u2028b", "c"]))
+    ids = ["0", "1"] if kind in (".csv", ".tsv") else [0, 1]
+    assert sources.read_rows(path) == [{"id": ids[0], "text": "a\u2028b"}, {"id": ids[1], "text": "c"}]
+
+
+def test_pieces_say_where_they_are_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "PIECE_CHARS", 10)
+    found = {}
+    for kind in (".txt", *ROWS):
+        content = b"one two three" if kind == ".txt" else in_format(kind, ["one\nand two", "b"])
+        path = write(tmp_path / f"mine{kind}", content)
+        found[kind] = [piece.where.removeprefix(str(tmp_path / "mine")) for piece in files([str(path)], "text")]
+    assert found.pop(".txt") == [".txt", ".txt"]
+    assert found.pop(".csv") == [".csv, line 2"] * 2 + [".csv, line 4"]
+    assert found.pop(".tsv") == [".tsv, line 2"] * 2 + [".tsv, line 4"]
+    for kind, where in found.items():
+        unit = "line" if kind in (".jsonl", ".ndjson") else "row"
+        assert where == [f"{kind}, {unit} 1"] * 2 + [f"{kind}, {unit} 2"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a")))
+    assert [piece.where for piece in files(["-"], "text")] == ["standard input"]
+    assert {piece.where for piece in sources.plays()} >= {"hamlet.md", "the-tempest.md"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("kind", ["", ".txt", *ROWS, ".txt.gz", ".jsonl.zst", ".parquet.xz"])
+def test_pipes_are_read_as_files_are(tmp_path: Path, kind: str) -> None:
+    base = kind.removesuffix(".gz").removesuffix(".zst").removesuffix(".xz")
+    content = b"\xef\xbb\xbfone\r\n" if base in ("", ".txt") else in_format(base, ["one", "two"])
+    whole = write(tmp_path / f"file{kind}", content)
+    other = write(tmp_path / "other.txt", b"other")
+    pipe = tmp_path / f"pipe{kind}"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(whole.read_bytes()), daemon=True)
+    writer.start()
+    assert sources.is_stream(str(pipe)) and not sources.is_stream(str(whole)) and not sources.is_stream(str(tmp_path))
+    found = list(files(find_files([str(other), str(pipe)]), "text"))
+    writer.join()
+    assert [piece.text for piece in found[1:]] == read(whole)
+    assert [piece.read for piece in found] == [1.0] * len(found)
+
+
+def test_what_folders_hold_in_other_formats_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("a.txt", "b/c.txt", "x.pdf", "y.PDF", "b/z.pdf", "1.docx", "b/t.tar.gz", "README", ".hidden", "d/f"):
+        write(tmp_path / "in" / name, b"x")
+    os.symlink(tmp_path / "in" / "nowhere", tmp_path / "in" / "dead.txt")
+    os.symlink(tmp_path / "in" / "b", tmp_path / "in" / "linked.dir")
+    found = find_files([str(tmp_path / "in"), str(tmp_path / "in" / "README")])
+    assert [Path(name).name for name in found] == ["a.txt", "c.txt", "README"]
+    assert capsys.readouterr().err == (
+        "left out: 3 .pdf, 3 without suffix, 1 .dir, 1 .docx, 1 .tar.gz, 1 .txt (not text that this reads)\n"
+    )
+    find_files([str(tmp_path / "in" / "d" / ".." / "a.txt"), str(tmp_path / "in" / "b" / "c.txt")])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", b"x")
+    write(tmp_path / "closed" / "b.txt", b"x")
+    (tmp_path / "closed").chmod(0)
+    with pytest.raises(PermissionError, match="closed"):
+        find_files([str(tmp_path)])
+    (tmp_path / "closed").chmod(0o700)
+
+
+def test_a_parquet_file_without_the_column_or_of_other_values_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "mine.parquet", in_format(".parquet", ["a"], "body"))
     assert refused(path) == f"{path} has no column 'text'; choose one with --text_column: id, body"
-    path = write(tmp_path / "null.parquet", in_format(".parquet", ["a", "b", None, "c"]))
-    assert refused(path) == f"{path}, row 3: no text in 'text'"
-    assert refused(path, "id") == f"{path}, row 1: no text in 'id'"
+    assert refused(path, "id") == f"{path}, row 1: no text in 'id'; choose one with --text_column: id, body"
 
 
 # Several blocks, as it does not compress well.
