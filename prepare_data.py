@@ -15,13 +15,14 @@ import signal
 import sqlite3
 import sys
 import tempfile
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
 from threading import Thread
@@ -263,7 +264,7 @@ def run_exclusively(folder: Path, about: dict[str, Any] | None, work: Callable[[
 class Task(NamedTuple):
     """What a worker tokenizes in one go."""
 
-    pieces: list[tuple[str, bool, bool]]  # text, begins a document, held out
+    pieces: list[Piece]  # with `held_out` decided
     read: float  # share of the source
     counts: dict[str, int]  # up to and including this task
 
@@ -419,7 +420,7 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
     seen = sqlite3.connect(partial / "seen.db", isolation_level=None)  # on disk: one hash per document
     seen.executescript("pragma journal_mode = off; pragma synchronous = off; begin")
     seen.execute("create table seen (hash blob primary key) without rowid")
-    pieces: list[tuple[str, bool, bool]] = []
+    pieces: list[Piece] = []
     held_out, chars, read = False, 0, 0.0
     for piece in source:
         content = piece.text.encode("utf-8", "surrogatepass")
@@ -437,7 +438,7 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
             held_out = piece.held_out if piece.held_out is not None else below and counts["documents"] > 0
             counts["documents"] += 1
         counts["bytes"] += len(content)
-        pieces.append((piece.text, piece.begins, held_out))
+        pieces.append(replace(piece, held_out=held_out))
         chars += len(piece.text)
         if chars >= TASK_CHARS:
             yield Task(pieces, read, dict(counts))
@@ -503,17 +504,27 @@ def init_worker() -> None:
 cached_tokenizer = functools.cache(load_tokenizer)
 
 
-def encode(pieces: list[tuple[str, bool, bool]], tokenizer_name: str) -> Ids:
-    """Tokenize pieces; consecutive pieces of the same split share an array."""
+def encode(pieces: list[Piece], tokenizer_name: str) -> Ids:
+    """Tokenize pieces; consecutive pieces of the same split share an array.
+
+    Raises:
+        UserError: a text that the tokenizer cannot encode; it names file and row.
+    """
     tokenizer = cached_tokenizer(tokenizer_name)
     dtype = np.uint16 if tokenizer.n_vocab <= 2**16 else np.uint32
     runs: Ids = []
-    for held_out, run in itertools.groupby(pieces, key=lambda piece: piece[2]):
+    for held_out, run in itertools.groupby(pieces, key=lambda piece: bool(piece.held_out)):
         arrays = []
-        for text, begins, _ in run:
-            if begins:
+        for piece in run:
+            if piece.begins:
                 arrays.append(np.array([tokenizer.eot], dtype))
-            arrays.append(tokenizer.encode_to_numpy(text).astype(dtype))
+            try:
+                arrays.append(tokenizer.encode_to_numpy(piece.text).astype(dtype))
+            except (KeyboardInterrupt, MemoryError):
+                raise
+            except BaseException as error:  # tokenizers in Rust panic with exceptions derived from this
+                reason = textwrap.shorten(str(error), 200)
+                raise UserError(f"{piece.where}: {tokenizer.name} cannot encode this text: {reason}") from error
         runs.append((held_out, np.concatenate(arrays)))
     return runs
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -241,8 +242,9 @@ def interact(sampler: Sampler) -> None:
         import readline  # noqa: F401  (line editing and history for input())
     except ImportError:
         pass  # on Windows the terminal does it
-    if not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8-sig")  # as files are read
+    stdin: Any = sys.stdin
+    if not stdin.isatty():
+        stdin.reconfigure(encoding="utf-8-sig")  # as files are read
     row_number = 0
     while True:
         try:

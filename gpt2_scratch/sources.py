@@ -286,12 +286,13 @@ def _jsonl(stream: BinaryIO, where: str, text_column: str | None) -> Iterator[Ro
         yield _object(row, text, f"{where}, line {line}")
 
 
-def _json(stream: BinaryIO, where: str, text_column: str | None) -> Iterator[Row]:
+def _json(stream: Any, where: str, text_column: str | None) -> Iterator[Row]:
     """An array of objects or texts; anything else is taken for JSON lines."""
     if not stream.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
         yield from _jsonl(stream, where, text_column)
         return
-    decode, gap, parts = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*"), _decoded(stream, where)
+    decode, parts = json.JSONDecoder().raw_decode, _decoded(stream, where)
+    gap: Any = re.compile(r"[\s,]*")
     text, at = next(parts).lstrip(), 1
     for number in itertools.count(1):
         while True:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 from test_end_to_end import run_tiny
 from test_tokenizer import shaped_like
@@ -22,7 +23,7 @@ import visualize
 from gpt2_scratch.checkpoint import checkpoints
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.dataset import open_shard
-from gpt2_scratch.tokenizer import EOT, load_tokenizer
+from gpt2_scratch.tokenizer import EOT, Tokenizer, load_tokenizer
 
 PROSE = [f"document {i}: the theatre of the world, and all the men in it" for i in range(300)]
 RESIZE = "has 338 ids, the model 257; resize its embedding"
@@ -196,6 +197,22 @@ def test_a_trained_tokenizer_is_not_trained_on_what_is_held_out(
     texts = tokenizer.decode(held_out).split(EOT)[1:]
     assert 5 < len(texts) < 45 and len(seen) + len(texts) == meta["documents"] == 50
     assert not set(seen) & set(texts)
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_named(
+    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The regular expressions of tiktoken overflow their stack on long white space, here without GPT-2's cure."""
+    monkeypatch.chdir(tmp_path)
+    ranks = {bytes([b]): b for b in range(256)}
+    other = tiktoken.Encoding("other", pat_str=r"\S+|\s+(?!\S)|\s", mergeable_ranks=ranks, special_tokens={EOT: 256})
+    Path("other").mkdir()
+    Tokenizer(other).save_pretrained("other")
+    rows = ["fine", "one" + " " * 1_000_000 + "two"]
+    Path("mine.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    with pytest.raises(UserError, match=r"mine\.jsonl, line 2: other cannot encode this text"):
+        run("prepare_data", "text", "mine.jsonl", "--tokenizer", "other", "--name", "mine")
+    run("prepare_data", "text", "mine.jsonl", "--tokenizer", "gpt2", "--name", "mine")
 
 
 def test_standard_input_cannot_train_a_tokenizer(
