@@ -379,9 +379,7 @@ def bench_reading(folder: Path, n_shards: int, shard_tokens: int = 10**8) -> Non
     """Time opening and reading sparse shards of zeros."""
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, shard_tokens
-    entries: list[dict[str, Any]] = [
-        {"file": f"train_{i:06d}.bin", "tokens": shard_tokens, "sha256": ""} for i in range(n_shards)
-    ]
+    entries = [dict[str, Any](file=f"train_{i:06d}.bin", tokens=shard_tokens, sha256="") for i in range(n_shards)]
     for entry in entries:
         with (folder / entry["file"]).open("wb") as file:
             file.write(header.tobytes())

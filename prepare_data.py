@@ -413,7 +413,7 @@ def publish(partial: Path, folder: Path, meta: dict[str, Any]) -> None:
         print(f"{folder}: {sum(entry['tokens'] for entry in entries):,} {split} tokens, shards: {len(entries)}")
 
 
-def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path) -> Generator[Task, None, None]:
+def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path) -> Generator[Task]:
     """Group pieces into tasks of about TASK_CHARS characters, assigning each document to a split."""
     counts = {"documents": 0, "duplicates": 0, "empty": 0, "bytes": 0}
     (partial / "seen.db").unlink(missing_ok=True)

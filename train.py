@@ -42,7 +42,7 @@ from gpt2_scratch.state import TrainState, load_train_state
 from gpt2_scratch.tokenizer import Tokenizer
 from model import GPT
 
-Batches = Generator[tuple[Tensor, Tensor], None, None]  # inputs and targets, int64 (B, T) each
+Batches = Generator[tuple[Tensor, Tensor]]  # inputs and targets, int64 (B, T) each
 
 
 # ---- One run

@@ -391,12 +391,8 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
     unit, per_hour = ("hours", 1) if max(train["hours"][-1] for train, _ in runs.values()) > 2 else ("minutes", 60)
     small = {rate: "lr", norm: "grad_norm", speed: "tokens_per_sec"}
     for number, (run, (train, val)) in enumerate(runs.items()):
-        style: dict[str, Any] = {
-            "color": f"C{number}",
-            "linewidth": 0.8,
-            "marker": ".",
-            "markersize": 2,
-        }  # points between NaNs show
+        # Markers, so that points between NaNs show.
+        style: dict[str, Any] = {"color": f"C{number}", "linewidth": 0.8, "marker": ".", "markersize": 2}
         last = f": {val['val_loss'][-1]:.3f}" if len(val["val_loss"]) else ""
         for axes, x, scale in ((by_tokens, "tokens", 1), (by_time, "hours", per_hour)):
             axes.plot(train[x] * scale, train["train_loss"], alpha=0.5, **style)
@@ -445,13 +441,7 @@ def draw_surprise(subject: Subject) -> Iterator[Section]:
     title = f"Surprise along a text: {bits.nanmean().item():.2f} bits per token on average"
     figure, (axes,) = panels(subject, title, 1, 11, 3.3)
     axes.bar(range(len(ids)), bits.numpy(), color=[RED if i in marked else BLUE for i in range(len(ids))])
-    place: dict[str, Any] = {
-        "xytext": (0, 3),
-        "textcoords": "offset points",
-        "ha": "center",
-        "va": "bottom",
-        "rotation": 90,
-    }
+    place = MONO | {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom", "rotation": 90}
     for i in marked:
         axes.annotate(subject.label(ids[i]), (i, bits[i]), **place)
     axes.set(xlabel="position in the text, tokens", ylabel="surprise, bits")

@@ -245,7 +245,7 @@ class CheckpointWriter(AbstractContextManager):
         self.before: Callable[[], None] = lambda: None
         self.error: OSError | None = None  # of the newest write, if it failed
         self.read_back = False
-        self.host_model: Any = None  # a GPT, made by the first `save`
+        self.host_model: GPT | None = None
         with tempfile.TemporaryDirectory() as directory:  # once per run: GPT-2's takes a second
             tokenizer.save_pretrained(directory)
             self.tokenizer_files = {path.name: path.read_bytes() for path in Path(directory).iterdir()}
@@ -311,6 +311,7 @@ class CheckpointWriter(AbstractContextManager):
         partial = final.with_name(f".{final.name}")
         try:
             partial.mkdir(parents=True)
+            assert self.host_model is not None  # made by `save`
             self.host_model.save_pretrained(partial)
             for name, content in self.tokenizer_files.items():
                 (partial / name).write_bytes(content)

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEADER_INTS = 256
-FORMATS: dict[int, tuple[int, np.dtype]] = {
-    20240520: (1, np.dtype("<u2")),
-    20240801: (7, np.dtype("<u4")),
-}  # magic: (version, ids)
+# By magic number: version and type of the ids.
+FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
 SHARD_TOKENS = 100_000_000
 TOKENIZER_FILE = "tokenizer.json"  # as the tokenizer in meta.json: it is saved beside the shards
 
@@ -334,9 +332,7 @@ def evaluation_batches(
         yield batch
 
 
-def to_device(
-    batches: Iterator[np.ndarray], device: "torch.device"
-) -> Generator[tuple["Tensor", "Tensor"], None, None]:
+def to_device(batches: Iterator[np.ndarray], device: "torch.device") -> Generator[tuple["Tensor", "Tensor"]]:
     """Inputs and targets, int64 (B, T) each, on the device. A thread reads the next batch while this one is in use."""
     import torch  # here: preparing data does without it
 

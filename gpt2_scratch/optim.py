@@ -93,10 +93,8 @@ class Muon(torch.optim.AdamW):
                 # `step` is unused, but AdamW.load_state_dict expects one in every state.
                 self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
         buffers = [to_local(self.state[p]["momentum"]) for p in params]
-        grads, old = (
-            torch.stack([to_local(cast(Tensor, p.grad)) for p in params]),
-            torch.stack(buffers),
-        )  # (n, rows, columns)
+        grads = torch.stack([to_local(cast(Tensor, p.grad)) for p in params])  # (n, rows, columns)
+        old = torch.stack(buffers)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             grads = torch.where(found_inf > 0, old, grads)  # interpolating between equals changes nothing

@@ -173,20 +173,11 @@ def build_model(cfg: TrainConfig, vocab_size: int, eot: int, checkpoint: Path | 
     Raises:
         UserError: the weights' shape or vocabulary differs from that of the settings and the data.
     """
-    sizes: dict[str, Any] = {
-        "n_layer": cfg.n_layer,
-        "n_head": cfg.n_head,
-        "n_embd": cfg.n_embd,
-        "block_size": cfg.block_size,
-    }
+    sizes = dict[str, Any](n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, block_size=cfg.block_size)
     sizes = {name: value for name, value in sizes.items() if value}
     if cfg.init_from == "scratch" and not checkpoint:
         torch.manual_seed(cfg.seed)
-        fresh: dict[str, Any] = {
-            "dropout": cfg.dropout,
-            "initializer_range": cfg.initializer_range,
-            "eos_token_id": eot,
-        }
+        fresh = dict[str, Any](dropout=cfg.dropout, initializer_range=cfg.initializer_range, eos_token_id=eot)
         try:
             return GPT(GPTConfig(vocab_size=vocab_size, **fresh, **sizes)).to(rt.device)
         except ModelError as error:

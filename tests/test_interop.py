@@ -1,0 +1,207 @@
+"""Our checkpoints in the clients that people run them in: each in an environment of its own, made by the test.
+
+    GPT2_SCRATCH_ENVS=~/envs python -m pytest -m slow tests/test_interop.py -n 0 -s
+
+keeps the environments in that folder for the next time, and shows the versions.
+"""
+
+import json
+import os
+import subprocess
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt2_scratch.device import autocast_to
+from gpt2_scratch.scoring import Row, _continued, likelihoods
+from gpt2_scratch.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from model import GPT, GPTConfig
+
+pytestmark = pytest.mark.slow
+CLIENTS = {
+    "transformers": ["transformers"],
+    "transformers4": ["transformers==4.57.*"],
+    "ctranslate2": ["ctranslate2", "transformers<5"],
+    "onnx": ["optimum-onnx[onnxruntime]"],
+    "lm_eval": ["lm_eval"],
+    "xllamacpp": ["xllamacpp", "gguf"],
+}
+TEXTS = ["Hello, I'm a language model,", "naïve café — 日本語 🙂", " two  spaces\n\nand lines\tand 1234!"]
+NEW_TOKENS = 12
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The interpreter of a client's environment."""
+    place = Path(os.environ.get("GPT2_SCRATCH_ENVS") or tmp_path_factory.mktemp("envs")).expanduser()
+
+    def make(client: str) -> Path:
+        interpreter = place / client / "bin" / "python"
+        if not interpreter.exists():
+            venv.create(place / client, with_pip=True)
+        for packages in (["torch==2.13.0"], CLIENTS[client]):
+            command = [interpreter, "-m", "pip", "install", "--quiet", *packages]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"{client} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+        return interpreter
+
+    return make
+
+
+@pytest.fixture
+def ask(python: Callable[[str], Path]) -> Callable[..., Any]:
+    """What a script prints in a client's environment, as JSON in its last line."""
+
+    def ask(client: str, script: str, *args: object) -> Any:
+        command = [python(client), "-c", script, *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        answer = json.loads(done.stdout.splitlines()[-1])
+        print(f"{client}: {answer['version']}")
+        return answer
+
+    return ask
+
+
+@pytest.fixture(scope="module", params=["gpt2", "bytes", "trained"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with random weights and a tokenizer of each kind that we write."""
+    return save_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def save_checkpoint(kind: str, folder: Path) -> Path:
+    text = "the theatre of the world, naïve cafés, and 1234 language models\n" * 9
+    tokenizer = train_bpe(iter([text]), 300) if kind == "trained" else load_tokenizer(kind)
+    sizes = {"block_size": 128, "vocab_size": tokenizer.n_vocab, "n_layer": 2, "n_head": 2, "n_embd": 64}
+    torch.manual_seed(0)
+    GPT(GPTConfig(**sizes, eos_token_id=tokenizer.eot, initializer_range=0.2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def ours(folder: Path) -> tuple[GPT, Tokenizer]:
+    return GPT.from_pretrained(folder, dtype=torch.float32), load_tokenizer(folder)
+
+
+def greedy(model: GPT, ids: list[int]) -> list[int]:
+    return model.generate(torch.tensor([ids]), NEW_TOKENS, temperature=0)[0, len(ids) :].tolist()
+
+
+def check(folder: Path, answers: list[dict]) -> None:
+    """Compare ids, logits after the last token, loss and greedy continuation with ours, as far as a client gives them.
+
+    A client's text ends at <|endoftext|>.
+    """
+    model, tokenizer = ours(folder)
+    for text, theirs in zip(TEXTS, answers, strict=True):
+        ids = tokenizer.encode(text)
+        assert theirs["ids"] == ids
+        if "logits" in theirs:
+            logits, loss = model(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))
+            assert theirs["loss"] == pytest.approx(loss.item(), abs=1e-4)
+            logits, _ = model(torch.tensor([ids]))
+            torch.testing.assert_close(torch.tensor(theirs["logits"]), logits[0, -1], rtol=1e-4, atol=1e-4)
+        assert theirs["greedy"] == greedy(model, ids)[: len(theirs["greedy"])] and theirs["greedy"]
+
+
+TRANSFORMERS = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+folder, texts, n = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
+answers = []
+for text in texts:
+    inputs = tokenizer(text, return_tensors="pt")
+    with torch.no_grad():  # all that the tokenizer returns goes in, as in everybody's code
+        out = model(**inputs, labels=inputs["input_ids"])
+        ids = model.generate(**inputs, max_new_tokens=n, do_sample=False)[0].tolist()
+    given = inputs["input_ids"][0].tolist()
+    answers.append({"ids": given, "loss": out.loss.item(), "logits": out.logits[0, -1].tolist(),
+                    "greedy": ids[len(given):]})
+text = pipeline("text-generation", model=folder)(texts[0], max_new_tokens=n, do_sample=False)[0]["generated_text"]
+print(json.dumps({"version": transformers.__version__, "answers": answers, "text": text}))
+"""
+
+
+@pytest.mark.parametrize("client", ["transformers", "transformers4"])
+def test_transformers(client: str, checkpoint: Path, ask: Callable) -> None:
+    answer = ask(client, TRANSFORMERS, checkpoint, json.dumps(TEXTS), NEW_TOKENS)
+    check(checkpoint, answer["answers"])
+    tokenizer = load_tokenizer(checkpoint)
+    expected = TEXTS[0] + tokenizer.decode([i for i in answer["answers"][0]["greedy"] if i != tokenizer.eot])
+    assert answer["text"] == expected
+
+
+CTRANSLATE2 = """
+import ctranslate2, json, sys
+from transformers import AutoTokenizer
+folder, texts, n, out = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+ctranslate2.converters.TransformersConverter(folder).convert(out)
+tokenizer, generator = AutoTokenizer.from_pretrained(folder), ctranslate2.Generator(out, compute_type="float32")
+answers = []
+for text in texts:
+    ids = tokenizer(text)["input_ids"]
+    [result] = generator.generate_batch([tokenizer.convert_ids_to_tokens(ids)], max_length=n, sampling_topk=1,
+                                        include_prompt_in_result=False)
+    answers.append({"ids": ids, "greedy": result.sequences_ids[0]})
+print(json.dumps({"version": ctranslate2.__version__, "answers": answers}))
+"""
+
+
+def test_ctranslate2(checkpoint: Path, ask: Callable, tmp_path: Path) -> None:
+    answer = ask("ctranslate2", CTRANSLATE2, checkpoint, json.dumps(TEXTS), NEW_TOKENS, tmp_path / "converted")
+    check(checkpoint, answer["answers"])
+
+
+ONNX = """
+import json, sys, onnxruntime, torch
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+folder, texts, n = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+tokenizer, model = AutoTokenizer.from_pretrained(folder), ORTModelForCausalLM.from_pretrained(folder, export=True)
+answers = []
+for text in texts:
+    inputs = tokenizer(text, return_tensors="pt")
+    logits, given = model(**inputs).logits, inputs["input_ids"]
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], given[0, 1:])
+    ids = model.generate(**inputs, max_new_tokens=n, do_sample=False)[0].tolist()
+    answers.append({"ids": given[0].tolist(), "loss": loss.item(), "logits": logits[0, -1].tolist(),
+                    "greedy": ids[given.shape[1]:]})
+print(json.dumps({"version": onnxruntime.__version__, "answers": answers}))
+"""
+
+
+def test_onnx_runtime(checkpoint: Path, ask: Callable) -> None:
+    answer = ask("onnx", ONNX, checkpoint, json.dumps(TEXTS), NEW_TOKENS)
+    check(checkpoint, answer["answers"])
+
+
+LM_EVAL = """
+import importlib.metadata, json, sys
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+folder, pairs, texts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+model = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=1)
+ask = lambda kind, all: [Instance(kind, {}, tuple(arguments), i) for i, arguments in enumerate(all)]
+answers = model.loglikelihood(ask("loglikelihood", pairs))
+rolling = model.loglikelihood_rolling(ask("loglikelihood_rolling", [[text] for text in texts]))
+print(json.dumps({"version": importlib.metadata.version("lm_eval"), "answers": answers, "rolling": rolling}))
+"""
+
+
+def test_lm_eval(checkpoint: Path, ask: Callable) -> None:
+    pairs = [("The theatre of the", " world"), ("naïve", " cafés and more"), ("", "1234"), ("a b ", "c")]
+    answer = ask("lm_eval", LM_EVAL, checkpoint, json.dumps(pairs), json.dumps(TEXTS))
+    model, tokenizer = ours(checkpoint)
+    rows = [_continued(context, ending, tokenizer) for context, ending in pairs]
+    rows += [Row([tokenizer.eot, *ids], len(ids)) for ids in map(tokenizer.encode, TEXTS)]
+    found = likelihoods(model, rows, autocast_to(torch.float32, torch.device("cpu")))
+    theirs = [*answer["answers"], *((value, None) for value in answer["rolling"])]
+    for row, (logprob, is_greedy) in zip(found, theirs, strict=True):
+        assert logprob == pytest.approx(row.logprob, abs=1e-3)
+        assert is_greedy in (row.greedy, None)
