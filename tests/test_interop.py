@@ -28,7 +28,7 @@ CLIENTS = {
     "ctranslate2": ["ctranslate2", "transformers<5"],
     "onnx": ["optimum-onnx[onnxruntime]"],
     "lm_eval": ["lm_eval"],
-    "xllamacpp": ["xllamacpp", "gguf"],
+    "xllamacpp": ["xllamacpp", "gguf", "safetensors"],
 }
 TEXTS = ["Hello, I'm a language model,", "naïve café — 日本語 🙂", " two  spaces\n\nand lines\tand 1234!"]
 NEW_TOKENS = 12
@@ -205,3 +205,58 @@ def test_lm_eval(checkpoint: Path, ask: Callable) -> None:
     for row, (logprob, is_greedy) in zip(found, theirs, strict=True):
         assert logprob == pytest.approx(row.logprob, abs=1e-3)
         assert is_greedy in (row.greedy, None)
+
+
+LLAMA_CPP = """
+import gguf, importlib.metadata, json, numpy, sys, xllamacpp
+from safetensors.numpy import load_file
+folder, texts, n, out = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+config, saved = (json.load(open(f"{folder}/{name}.json")) for name in ("config", "tokenizer"))
+writer = gguf.GGUFWriter(out, "gpt2")
+writer.add_context_length(config["n_ctx"])
+writer.add_embedding_length(config["n_embd"])
+writer.add_feed_forward_length(4 * config["n_embd"])
+writer.add_block_count(config["n_layer"])
+writer.add_head_count(config["n_head"])
+writer.add_layer_norm_eps(config["layer_norm_epsilon"])
+writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+vocab = saved["model"]["vocab"] | {token["content"]: token["id"] for token in saved["added_tokens"]}
+tokens = sorted(vocab, key=vocab.get)
+control = {token["content"] for token in saved["added_tokens"]}
+kinds = [gguf.TokenType.CONTROL if token in control else gguf.TokenType.NORMAL for token in tokens]
+writer.add_tokenizer_model("gpt2")
+writer.add_tokenizer_pre("gpt-2")
+writer.add_token_list(tokens)
+writer.add_token_types(kinds)
+writer.add_token_merges([" ".join(merge) for merge in saved["model"]["merges"]])
+writer.add_bos_token_id(config["bos_token_id"])
+writer.add_eos_token_id(config["eos_token_id"])
+names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, config["n_layer"])
+for name, tensor in load_file(f"{folder}/model.safetensors").items():
+    name = name.removeprefix("transformer.")
+    if name.startswith("h.") and tensor.ndim == 2:
+        tensor = tensor.T  # of Conv1D
+    writer.add_tensor(names.get_name(name, (".weight", ".bias")), numpy.ascontiguousarray(tensor))
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.warmup = out, config["n_ctx"], 1, False
+server = xllamacpp.Server(params)
+greedy = {"n_predict": n, "temperature": 0, "samplers": ["temperature"], "ignore_eos": True}
+answers = [server.handle_completions({"prompt": text, **greedy}) for text in texts]
+answers = [json.loads(answer) if isinstance(answer, str) else answer for answer in answers]
+version = importlib.metadata.version("xllamacpp") + ", gguf " + importlib.metadata.version("gguf")
+print()
+print(json.dumps({"version": version, "answers": answers}))
+"""
+
+
+def test_llama_cpp(ask: Callable, tmp_path: Path) -> None:
+    """Converted as llama.cpp's own converter does it; only GPT-2's tokenizer is one that it knows."""
+    folder = save_checkpoint("gpt2", tmp_path)
+    answer = ask("xllamacpp", LLAMA_CPP, folder, json.dumps(TEXTS), NEW_TOKENS, tmp_path / "model.gguf")
+    model, tokenizer = ours(folder)
+    for text, theirs in zip(TEXTS, answer["answers"], strict=True):
+        assert theirs["choices"][0]["text"] == tokenizer.decode(greedy(model, tokenizer.encode(text)))
