@@ -109,7 +109,7 @@ def find_files(paths: list[str]) -> list[str]:
     unless its suffix says that it isn't.
     """
     found: dict[Path, str] = {}
-    left_out: Counter[str] = Counter()
+    left_out: set[Path] = set()
     for given in paths:
         path = Path(given)
         kind, compression = split_name(path)
@@ -118,7 +118,7 @@ def find_files(paths: list[str]) -> list[str]:
         elif path.is_dir():
             entries = sorted(_entries(path))
             files = [file for file in entries if file.is_file() and split_name(file)[0] in FORMATS]
-            left_out.update("".join(split_name(file)) or "without suffix" for file in set(entries) - set(files))
+            left_out |= set(entries) - set(files)
             if not files:
                 raise UserError(f"{path} has no {', '.join(FORMATS)} files, plain or {', '.join(COMPRESSIONS)}")
             found |= {file.resolve(): str(file) for file in files if file.resolve() not in found}
@@ -130,8 +130,9 @@ def find_files(paths: list[str]) -> list[str]:
             raise UserError(f"{path} is not plain text but {kind}{compression}; convert it to .txt")
         else:
             found.setdefault(path.resolve(), given)
-    if left_out:
-        counted = ", ".join(f"{n} {kind}" for kind, n in sorted(left_out.items(), key=lambda item: (-item[1], item[0])))
+    kinds = Counter("".join(split_name(file)) or "without suffix" for file in left_out if file.resolve() not in found)
+    if kinds:
+        counted = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
         print(f"left out: {counted} (not text that this reads)", file=sys.stderr)
     return list(found.values())
 
@@ -271,10 +272,10 @@ def _texts(rows: Iterable[Row], text_column: str) -> Iterator[tuple[str, str]]:
         text = "" if text is None and known else text
         if not isinstance(text, str):
             raise UserError(f"{where}: no text in {text_column!r}; choose one with --text_column: {', '.join(columns)}")
-        yield where, text
+        yield where, text if text.isascii() else as_text(text)  # escapes in JSON can make lone surrogates
 
 
-def _jsonl(stream: BinaryIO, where: str, text_column: str | None) -> Iterator[Row]:
+def _jsonl(stream: BinaryIO, where: str, text_column: str | None, hint: str = "") -> Iterator[Row]:
     for line, content in enumerate(stream, start=1):
         if not content.strip():
             continue
@@ -282,14 +283,14 @@ def _jsonl(stream: BinaryIO, where: str, text_column: str | None) -> Iterator[Ro
             text = content.decode("utf-8-sig" if line == 1 else "utf-8")
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}, line {line}: not a JSON object in UTF-8 ({error})") from error
-        yield _object(row, text, f"{where}, line {line}")
+            raise UserError(f"{where}, line {line}: not a JSON object in UTF-8 ({error}){hint}") from error
+        yield _object(row, text, f"{where}, line {line}", text_column)
 
 
 def _json(stream: Any, where: str, text_column: str | None) -> Iterator[Row]:
     """An array of objects or texts; anything else is taken for JSON lines."""
     if not stream.peek(1).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
-        yield from _jsonl(stream, where, text_column)
+        yield from _jsonl(stream, where, text_column, "; .json files are read as an array of objects, or one a line")
         return
     decode, parts = json.JSONDecoder().raw_decode, _decoded(stream, where)
     gap: Any = re.compile(r"[\s,]*")
@@ -310,14 +311,13 @@ def _json(stream: Any, where: str, text_column: str | None) -> Iterator[Row]:
                     raise UserError(f"{where}, row {number}: not a JSON object, or not all of it") from error
                 text, at = text[begin:] + more, 0
         row = {text_column or "text": row} if isinstance(row, str) else row
-        yield _object(row, text[begin:at], f"{where}, row {number}")
+        yield _object(row, text[begin:at], f"{where}, row {number}", text_column)
 
 
-def _object(value: Any, text: str, where: str) -> Row:
-    """A row of JSON. Lone surrogates, which escapes can make, become U+FFFD."""
+def _object(value: Any, text: str, where: str, text_column: str | None) -> Row:
     if not isinstance(value, dict):
         raise UserError(f"{where}: not a JSON object but {textwrap.shorten(text, 40)}")
-    if "\\ud" in text or "\\uD" in text:
+    if text_column is None and ("\\ud" in text or "\\uD" in text):  # lone surrogates anywhere in it
         value = json.loads(as_text(json.dumps(value, ensure_ascii=False)))
     return where, value, value
 
@@ -326,22 +326,19 @@ def _csv(stream: BinaryIO, where: str, text_column: str | None, delimiter: str =
     begins = 1  # the line where the row begins or, of a row of several lines, the quoted field that is open
 
     def lines() -> Iterator[str]:
-        rest = ""
-        for part in _decoded(stream, where):
-            *whole, rest = (rest + part).split("\n")
-            yield from (line + "\n" for line in whole)
-        yield rest
-
-    def watched() -> Iterator[str]:
         nonlocal begins
-        for line, text in enumerate(lines(), start=1):
-            yield text
-            # Still in a row that began earlier: does this line end that field and open another?
-            if line > begins and '"' in text and len(next(csv.reader(['"' + text], delimiter=delimiter))) > 1:
-                begins = line
+        line, rest = 0, ""
+        for part in itertools.chain(_decoded(stream, where), ["\n"]):
+            *whole, rest = (rest + part).split("\n")
+            for text in whole:
+                line += 1
+                yield text + "\n"
+                # Still in a row that began earlier: does this line end that field and open another?
+                if line > begins and '"' in text and len(next(csv.reader(['"' + text], delimiter=delimiter))) > 1:
+                    begins = line
 
     csv.field_size_limit(MAX_FIELD)
-    rows = csv.reader(watched(), delimiter=delimiter, strict=True)
+    rows = csv.reader(lines(), delimiter=delimiter, strict=True)
     columns: list[str] = []
     ended = 0
     try:
@@ -350,6 +347,8 @@ def _csv(stream: BinaryIO, where: str, text_column: str | None, delimiter: str =
             begins = ended + 1
             if not columns:
                 columns = fields
+                if text_column and columns.count(text_column) > 1:
+                    raise UserError(f"{where}: more than one column is named {text_column!r}; rename the others")
             elif any(fields[len(columns) :]):
                 expected = f"{len(fields)} fields under {len(columns)} columns"
                 raise UserError(f"{where}, line {line}: {expected}; put quotes around fields that hold a delimiter")

@@ -339,6 +339,8 @@ def test_a_csv_file_without_the_column_or_with_a_bad_row_is_refused_with_its_lin
     assert refused(path) == (
         f"{path}, line 4: 3 fields under 2 columns; put quotes around fields that hold a delimiter"
     )
+    path = write(tmp_path / "twice.csv", b"text,text\na,b\n")
+    assert refused(path) == f"{path}: more than one column is named 'text'; rename the others"
     assert read(write(tmp_path / "ends.csv", b"id,text\n1,a,\n2,b,,\n")) == ["a", "b"]
     path = write(tmp_path / "coding.csv", b"id,text\n1,a\n2,caf\xe9\n")
     assert refused(path) == f"{path}, line 3: byte 0xe9 is not UTF-8; convert the file"
@@ -417,7 +419,7 @@ def test_json_holds_an_array_of_rows_or_of_texts_or_lines(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{\n  "text": "a"\n}\n', ", line 1: not a JSON object in UTF-8 ("),
+        (b'{\n  "text": "a"\n}\n', ", line 1: not a JSON object in UTF-8 (Expecting property name"),
         (b'{"data": [{"text": "a"}]}', ", line 1: no text in 'text'; choose one with --text_column: data"),
         (b"[1, 2]", ", row 1: not a JSON object but 1"),
         (b'[{"text": "a"}, ["b"]]', ', row 2: not a JSON object but ["b"]'),
@@ -526,7 +528,7 @@ def test_what_folders_hold_in_other_formats_is_counted(tmp_path: Path, capsys: p
     found = find_files([str(tmp_path / "in"), str(tmp_path / "in" / "README")])
     assert [Path(name).name for name in found] == ["a.txt", "c.txt", "README"]
     assert capsys.readouterr().err == (
-        "left out: 3 .pdf, 3 without suffix, 1 .dir, 1 .docx, 1 .tar.gz, 1 .txt (not text that this reads)\n"
+        "left out: 3 .pdf, 2 without suffix, 1 .dir, 1 .docx, 1 .tar.gz, 1 .txt (not text that this reads)\n"
     )
     find_files([str(tmp_path / "in" / "d" / ".." / "a.txt"), str(tmp_path / "in" / "b" / "c.txt")])
     assert capsys.readouterr().err == ""
