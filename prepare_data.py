@@ -200,7 +200,7 @@ def open_text(args: argparse.Namespace) -> Text:
     if args.source == "shakespeare":
         return Text(plays(), args.source)
     if args.source == "text":
-        names = find_files(args.paths)
+        args.paths = names = find_files(args.paths)  # once: a second look would say again what is left out
         on_disk = [Path(name) for name in names if not is_stream(name)]
         stats: list[Any] = [[path.stat().st_size, path.stat().st_mtime_ns] for path in on_disk]
         packed = [".parquet" in split_name(path) or split_name(path)[1] != "" for path in on_disk]
