@@ -8,15 +8,14 @@ Shapes in comments: B sequences, T positions, n_embd = n_head * head_dim channel
 
 import json
 import math
-import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -64,31 +63,27 @@ class GPTConfig:
     vocab_multiple: int = 64  # pad the vocabulary to a multiple of this for the tensor cores; logits are cropped
 
     def __post_init__(self) -> None:
+        limits = {"dropout": 1, "n_layer": 10_001}  # a corrupt file must not fill the memory
         for field in fields(self):
-            value, kind = getattr(self, field.name), cast(Any, field.type)
+            name, kind, value = field.name, cast(Any, field.type), getattr(self, field.name)
             typed = isinstance(value, int | float if kind is float else kind)
             if not typed or isinstance(value, bool) != (kind is bool):  # Python's bools are ints
-                raise ModelError(f"{field.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
-        sizes = ("block_size", "vocab_size", "n_head", "n_embd", "n_inner", "vocab_multiple")
-        ranges: dict[str, tuple[float, float]] = {name: (1, 2**31) for name in sizes}
-        ranges["n_layer"] = (1, 10_001)  # a corrupt file must not fill the memory
-        ranges |= {"dropout": (0, 1), "layer_norm_epsilon": (0, math.inf), "initializer_range": (0, math.inf)}
-        for name, (least, limit) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < limit:
+                raise ModelError(f"{name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
+            least, limit = 0 if kind is float else 1, limits.get(name, 2**31)
+            number = kind in (int, float) or (name == "n_inner" and value is not None)
+            if number and not least <= value < limit:
                 raise ModelError(f"{name} is {value}; it must be at least {least} and below {limit}")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.activation not in ACTIVATIONS:
             raise ModelError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.post_norm:  # allow only what openai-gpt's config.json can express; its "gelu" is our gelu_new
-            allowed: dict[str, tuple] = {"activation": ("gelu_new", "relu", "silu", "swish"), "n_inner": (None,)}
-            allowed |= {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
-            for name, values in allowed.items():
-                if getattr(self, name) not in values:
-                    raise ModelError(
-                        f"{name} is {getattr(self, name)}; post_norm requires {' or '.join(map(str, values))}"
-                    )
+            fixed = {"n_inner": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+            if self.activation.startswith("gelu"):
+                fixed["activation"] = "gelu_new"
+            for name, value in fixed.items():
+                if getattr(self, name) != value:
+                    raise ModelError(f"{name} is {getattr(self, name)}; post_norm requires {value}")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -402,16 +397,14 @@ class GPT(nn.Module):
                 missing, unknown, of the wrong shape or unreadable; the message names it.
         """
         folder = _model_folder(name_or_dir, revision)
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{name_or_dir} has no config.json; it is not a Hugging Face model")
-        stored = config_from_hf(_read_json(folder / "config.json"))
-        if block_size is not None and block_size > stored.block_size:
-            raise ModelError(f"block_size {block_size} is more than the {stored.block_size} positions of {name_or_dir}")
-        config = replace(stored, block_size=stored.block_size if block_size is None else block_size, **overrides)
-        with torch.device("meta"):  # shapes without storage: each parameter is allocated when its tensor is read
-            model = cls(config)
         try:
-            _load_weights(model, _open_weights(folder), stored.block_size, dtype, device)
+            stored = config_from_hf(_read_json(folder / "config.json"))
+            if block_size is not None and block_size > stored.block_size:
+                raise ModelError(f"block_size {block_size} is more than its {stored.block_size} positions")
+            config = replace(stored, block_size=stored.block_size if block_size is None else block_size, **overrides)
+            with torch.device("meta"):  # shapes without storage: each parameter is allocated when its tensor is read
+                model = cls(config)
+            _load_weights(model, folder, stored.block_size, dtype, device)
         except ModelError as error:
             raise ModelError(f"{name_or_dir}: {error}") from error
         return model.eval()
@@ -503,14 +496,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {"gpt2": {"eos_token_id": 50256}, "openai-
 ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 ALIASES["max_position_embeddings"] = "n_positions"
 
-# Fields that change the computation and that GPTConfig lacks, with the value that has no effect.
-UNSUPPORTED: dict[str, Any] = {"add_cross_attention": False, "quantization_config": None, "pruned_heads": {}}
-
-# The first parts of the names of the network's tensors. What begins otherwise is a head for values, choices or classes.
-ROOTS = {"h", "wte", "wpe", "ln_f", "tokens_embed", "positions_embed", "position_ids", "lm_head"}
-
-Readers = dict[str, Callable[[], Tensor]]  # names of stored tensors -> functions that read them
-
 
 def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
     """The GPTConfig for a parsed config.json. Missing keys have transformers' defaults.
@@ -521,9 +506,6 @@ def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
     kind = str(hf.get("model_type"))
     if kind not in KEYS:
         raise ModelError(f"config.json has model_type {hf.get('model_type')!r}; only gpt2 and openai-gpt can be loaded")
-    for field, no_effect in UNSUPPORTED.items():
-        if hf.get(field, no_effect) not in (no_effect, None):
-            raise ModelError(f"config.json sets {field} to {hf[field]!r}, which this model does not support")
     hf = hf | {name: hf[alias] for alias, name in ALIASES.items() if alias in hf}
     values = DEFAULTS[kind] | {ours: hf[theirs] for ours, theirs in KEYS[kind].items() if theirs in hf}
     if values.get("post_norm") and values["activation"] == "gelu":
@@ -573,15 +555,16 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
 
 def _model_folder(name_or_dir: str | Path, revision: str | None) -> Path:
     """A model's folder. A hub model is downloaded if need be, its pickled weights only if it has no others."""
-    if os.path.isdir(name_or_dir):
-        return Path(name_or_dir)
+    if (folder := Path(name_or_dir)).is_dir():
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         for weights in ("model[.-]*safetensors*", "pytorch_model[.-]*bin*"):
-            files = ["config.json", weights]
-            folder = Path(snapshot_download(str(name_or_dir), revision=revision, allow_patterns=files))
+            folder = Path(
+                snapshot_download(str(name_or_dir), revision=revision, allow_patterns=["config.json", weights])
+            )
             if any(folder.glob(weights)):
                 break
         return folder
@@ -591,104 +574,98 @@ def _model_folder(name_or_dir: str | Path, revision: str | None) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"has no {path.name}; it is not a Hugging Face model")
     with suppress(ValueError, RecursionError):
         if isinstance(value := json.loads(path.read_text(encoding="utf-8")), dict):
             return value
-    raise ModelError(f"{path} is not a JSON object")
+    raise ModelError(f"{path.name} is not a JSON object")
 
 
 def _weight_files(folder: Path) -> list[Path]:
     """One file, or the shards that an index lists; safetensors if there are both kinds."""
-    for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        if single.is_file():
-            return [single]
-        index = single.with_name(f"{single.name}.index.json")
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
         if index.is_file():
             weight_map = _read_json(index).get("weight_map")
-            if not weight_map or not isinstance(weight_map, dict) or {type(v) for v in weight_map.values()} != {str}:
-                raise ModelError(f"{index} has no weight_map from tensors to files")
-            for shard in map(PureWindowsPath, sorted(set(weight_map.values()))):  # knows both separators, and drives
-                if shard.anchor or ".." in shard.parts:
-                    raise ModelError(f"{index} names {shard.as_posix()}, which is outside its folder")
-                if not (folder / shard).is_file():
-                    raise ModelError(f"{folder} lacks {shard.as_posix()}, which its index names")
-            return sorted({folder / shard for shard in weight_map.values()})
+            if not weight_map or not isinstance(weight_map, dict):
+                raise ModelError(f"{index.name} has no weight_map from tensors to files")
+            shards = sorted(set(map(str, weight_map.values())))
+            here = {path.name for path in folder.iterdir()}
+            for shard in shards:
+                if shard not in here:
+                    raise ModelError(f"{index.name} names {shard}, which is outside its folder or missing")
+            return [folder / shard for shard in shards]
     raise ModelError("has no weights: neither model.safetensors nor pytorch_model.bin")
 
 
-def _open_weights(folder: Path) -> Readers:
-    """The network's tensors under transformers' current names, without the prefix "transformer."."""
-    readers: Readers = {}
-    heads = []
+def _stored_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors, the largest of a file first, so that conversion copies don't raise the peak of memory."""
     for path in _weight_files(folder):
-        for key, read in _open_file(path).items():
-            # Conversions from TensorFlow say gamma and beta. Older versions of transformers stored masks and positions.
-            name = key.removeprefix("transformer.").replace(".gamma", ".weight").replace(".beta", ".bias")
-            if name == key and name.partition(".")[0] not in ROOTS:
-                heads.append(key)
-            elif name != "position_ids" and not name.endswith((".attn.bias", ".attn.masked_bias")):
-                readers[name] = read
-    if heads:
-        print(f"{folder}: left out what is not the language model: {', '.join(sorted(heads))}", file=sys.stderr)
-    return readers
-
-
-def _open_file(path: Path) -> Readers:
-    def read(key: str) -> Tensor:
-        # Reopened for every tensor: pages read from a mapped file count as memory until it is closed.
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
-
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: partial(read, key) for key in file.keys()}
-        mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
-        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)  # all of a pickle could run code
-    except Exception as error:  # on a damaged file torch raises half a dozen kinds
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{path} is damaged, or holds more than tensors and could run code: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"{path} is not a dictionary of tensors")
-    return {key: partial(torch.detach, tensor) for key, tensor in state.items()}
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}
+                for key in sorted(sizes, key=lambda key: (sizes[key], key), reverse=True):
+                    # Reopened for every tensor: pages read from a mapped file count as memory until it is closed.
+                    with safe_open(path, framework="pt") as file:
+                        tensor = file.get_tensor(key)
+                    yield key, tensor
+            else:
+                mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
+                state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)  # a pickle could run code
+                for key in sorted(state, key=lambda key: (state[key].numel(), key), reverse=True):
+                    yield key, state.pop(key).detach()
+        except Exception as error:  # on a damaged file torch raises half a dozen kinds
+            reason = str(error).partition("\n")[0]
+            raise ModelError(
+                f"{path.name} is damaged, or not a dictionary of tensors alone and could run code: {reason}"
+            ) from error
 
 
 def _load_weights(
-    model: GPT, readers: Readers, block_size: int, dtype: torch.dtype | None, device: str | torch.device
+    model: GPT, folder: Path, block_size: int, dtype: torch.dtype | None, device: str | torch.device
 ) -> None:
-    """Load a model that is on the meta device from `readers`, whose position table has `block_size` rows."""
+    """Load a model that is on the meta device from a folder whose position table has `block_size` rows."""
     config, state = model.config, model.state_dict()
-    tied_head = None
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-        table = _to_hf("wte.weight", model.wte.weight, config)[0].removeprefix("transformer.")
-        tied_head = readers.pop("lm_head.weight", None)
-        if tied_head and table not in readers:
-            readers[table], tied_head = tied_head, None
-    layout = {}  # name in the file -> ours, and the shape it must have there
-    for ours, tensor in state.items():
-        name, stored = _to_hf(ours, tensor, config)
-        shape = (block_size, config.n_embd) if ours == "wpe.weight" else tuple(stored.shape)
-        layout[name.removeprefix("transformer.")] = ours, shape
-    if missing := sorted(layout.keys() - readers):
-        raise ModelError(f"lacks the tensor {missing[0]} ({len(missing)} missing)")
-    if unknown := sorted(readers.keys() - layout):
-        raise ModelError(f"has the tensor {unknown[0]}, which no GPT has ({len(unknown)} left over)")
-
-    # Load the largest tensors first, so that conversion copies don't raise the peak.
-    for name, (ours, shape) in sorted(layout.items(), key=lambda item: -math.prod(item[1][1])):
-        tensor = readers.pop(name)()
+    ours = {_to_hf(name, tensor, config)[0].removeprefix("transformer."): name for name, tensor in state.items()}
+    roots = {name.partition(".")[0] for name in ours} | {"lm_head"}
+    if config.tie_word_embeddings:
+        ours["lm_head.weight"] = "wte.weight"
+    loaded: dict[str, Tensor] = {}
+    heads, unknown = [], []
+    for key, tensor in _stored_tensors(folder):
+        # Conversions from TensorFlow say gamma and beta. Older versions of transformers stored masks and positions.
+        name = key.removeprefix("transformer.").replace(".gamma", ".weight").replace(".beta", ".bias")
+        if name == "position_ids" or name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue
+        if name not in ours:
+            (heads if name == key and name.partition(".")[0] not in roots else unknown).append(name)
+            continue
+        shape = _to_hf(ours[name], state[ours[name]], config)[1].shape
+        if ours[name] == "wpe.weight":
+            shape = torch.Size([block_size, config.n_embd])
+        if tensor.shape != shape:
+            raise ModelError(f"{name} has shape {tuple(tensor.shape)}, but config.json implies {tuple(shape)}")
         if not tensor.is_floating_point():
             raise ModelError(f"{name} has dtype {tensor.dtype}, which is not a floating-point type")
-        if tensor.shape != shape:
-            raise ModelError(f"{name} has shape {tuple(tensor.shape)}, but config.json implies {shape}")
-        if ours == "wte.weight" and tied_head and not torch.equal(tied_head().to(tensor.dtype), tensor):
-            raise ModelError("lm_head.weight differs from the embedding that config.json ties it to")
         dtype = dtype or tensor.dtype
-        parameter = torch.zeros(state[ours].shape, dtype=dtype, device=device)
-        _, target = _to_hf(ours, parameter, config)  # a view of it in the file's layout
+        parameter = torch.zeros(state[ours[name]].shape, dtype=dtype, device=device)
+        _, target = _to_hf(ours[name], parameter, config)  # a view of it in the file's layout
         target.copy_(tensor[: len(target)])
-        module, _, attribute = ours.rpartition(".")
-        setattr(model.get_submodule(module), attribute, nn.Parameter(parameter))
+        if ours[name] in loaded and not torch.equal(loaded[ours[name]], parameter):
+            raise ModelError(f"{name} differs from the embedding that config.json ties it to")
+        loaded[ours[name]] = parameter
+    if missing := [name for name in ours if ours[name] not in loaded]:
+        raise ModelError(f"lacks the tensor {missing[0]} ({len(state) - len(loaded)} missing)")
+    if unknown:
+        raise ModelError(f"has the tensor {min(unknown)}, which no GPT has ({len(unknown)} left over)")
+    if heads:  # for values, choices or classes
+        print(f"{folder}: left out what is not the language model: {', '.join(sorted(heads))}", file=sys.stderr)
+    model.load_state_dict(loaded, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.wte.weight
