@@ -12,11 +12,10 @@ import os
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.types import Device
 from torch.utils.checkpoint import checkpoint
 
 # Keyed by the names that transformers uses in config.json.
@@ -64,39 +64,30 @@ class GPTConfig:
     vocab_multiple: int = 64  # pad the vocabulary to a multiple of this for the tensor cores; logits are cropped
 
     def __post_init__(self) -> None:
+        limits = {"dropout": 1, "n_layer": 10_001}  # a corrupt file must not fill the memory
         for field in fields(self):
-            value, kind = getattr(self, field.name), cast(Any, field.type)
+            name, kind, value = field.name, cast(Any, field.type), getattr(self, field.name)
             typed = isinstance(value, int | float if kind is float else kind)
             if not typed or isinstance(value, bool) != (kind is bool):  # Python's bools are ints
-                raise ModelError(f"{field.name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
-        sizes = ("block_size", "vocab_size", "n_head", "n_embd", "n_inner", "vocab_multiple")
-        ranges: dict[str, tuple[float, float]] = {name: (1, 2**31) for name in sizes}
-        ranges["n_layer"] = (1, 10_001)  # a corrupt file must not fill the memory
-        ranges |= {"dropout": (0, 1), "layer_norm_epsilon": (0, math.inf), "initializer_range": (0, math.inf)}
-        for name, (least, limit) in ranges.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value < limit:
+                raise ModelError(f"{name} is {value!r}; it must be {getattr(kind, '__name__', kind)}")
+            least, limit = 0 if kind is float else 1, limits.get(name, 2**31)
+            number = kind in (int, float) or (name == "n_inner" and value is not None)
+            if number and not least <= value < limit:
                 raise ModelError(f"{name} is {value}; it must be at least {least} and below {limit}")
         if self.n_embd % self.n_head:
             raise ModelError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
         if self.activation not in ACTIVATIONS:
             raise ModelError(f"activation {self.activation!r} is not one of {', '.join(ACTIVATIONS)}")
         if self.post_norm:  # allow only what openai-gpt's config.json can express; its "gelu" is our gelu_new
-            allowed: dict[str, tuple] = {"activation": ("gelu_new", "relu", "silu", "swish"), "n_inner": (None,)}
-            allowed |= {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)}
-            for name, values in allowed.items():
-                if getattr(self, name) not in values:
-                    raise ModelError(
-                        f"{name} is {getattr(self, name)}; post_norm requires {' or '.join(map(str, values))}"
-                    )
+            for name in ("n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx", "activation"):
+                value, default = getattr(self, name), getattr(GPTConfig, name)
+                if value not in (default, "relu", "silu", "swish"):
+                    raise ModelError(f"{name} is {value}; post_norm requires {default}")
 
     @property
     def padded_vocab_size(self) -> int:
         """50257 becomes 50304: matrix products on tensor cores are much slower if a dimension is odd."""
         return math.ceil(self.vocab_size / self.vocab_multiple) * self.vocab_multiple
-
-
-# The network
 
 
 class Attention(nn.Module):
@@ -150,15 +141,11 @@ class Block(nn.Module):
     GPT-2 is pre-norm: LayerNorm sits inside the branches, so x itself runs from the embedding to the head through
     additions only, and gradients reach every layer undistorted. GPT-1's post-norm rescales x after every sum, which
     makes deep networks hard to train without a careful warmup.
-
-    Attributes:
-        recompute: activation checkpointing: in training keep only the block's input, and run the block again in the
-            backward pass.
     """
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.recompute = False
+        self.recompute = False  # in training keep only the block's input, and run the block again in the backward pass
         self.post_norm = config.post_norm
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config, layer)
@@ -179,21 +166,12 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of past tokens in preallocated buffers, so that a new token costs one position's work.
+    """Keys and values of past tokens in buffers that `GPT.forward` extends: a new token costs one position's work."""
 
-    `GPT.forward(idx, cache=cache)` reads and extends it.
-
-    Attributes:
-        k, v: (n_layer, B, n_head, max_len, head_dim).
-        kv_len: tokens seen so far.
-    """
-
-    def __init__(
-        self, config: GPTConfig, batch_size: int, max_len: int, dtype: torch.dtype, device: str | torch.device = "cpu"
-    ):
+    def __init__(self, config: GPTConfig, batch_size: int, max_len: int, dtype: torch.dtype, device: Device = "cpu"):
         shape = (config.n_layer, batch_size, config.n_head, max_len, config.n_embd // config.n_head)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
-        self.kv_len = 0
+        self.kv_len = 0  # tokens seen so far
 
     def view(self, T: int) -> "CacheView":
         """The cache as a forward pass over T more tokens uses it."""
@@ -241,16 +219,12 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """The network. `GPT(config)` is freshly initialised, `GPT.from_pretrained` loads weights.
-
-    Attributes:
-        cross_entropy: computes the loss from logits and targets; may be replaced by an equivalent function.
-    """
+    """The network. `GPT(config)` is freshly initialised, `GPT.from_pretrained` loads weights."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.cross_entropy = cross_entropy
+        self.cross_entropy = cross_entropy  # the loss; may be replaced by an equivalent function
         self.wte = _embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = _embedding(config.block_size, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -325,9 +299,8 @@ class GPT(nn.Module):
             logits = self.lm_head(x)[..., : self.config.vocab_size]  # (B, T, vocab_size)
         else:  # on a CPU an odd vocabulary costs less than copying the cropped logits to make them contiguous
             logits = F.linear(x, self.lm_head.weight[: self.config.vocab_size])  # (B, T, vocab_size)
-        if targets is None:
-            return logits, None
-        return logits, self.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        loss = None if targets is None else self.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The last block's output (B, T, n_embd) for idx (B, T)."""
@@ -383,35 +356,34 @@ class GPT(nn.Module):
         *,
         revision: str | None = None,
         dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
+        device: Device = "cpu",
         block_size: int | None = None,
         **overrides: Any,
     ) -> "GPT":
         """Load a published model, in evaluation mode.
 
         Args:
-            name_or_dir: "gpt2", "openai-gpt", any Hugging Face id of model type gpt2 or openai-gpt, or a local folder
-                in that layout.
+            name_or_dir: a Hugging Face id of model type gpt2 or openai-gpt, or a local folder in that layout.
             revision: branch, tag or commit on the hub.
             dtype: of the parameters; None: as stored.
             block_size: keep only the first positions.
             overrides: GPTConfig fields that the weights leave open: dropout (0 unless given), vocab_multiple.
 
         Raises:
-            ModelError: not found, another architecture, a field that GPTConfig cannot represent, or a tensor that is
-                missing, unknown, of the wrong shape or unreadable; the message names it.
+            ModelError: not found, no such network, or a tensor (named) is missing, unknown, misshapen or unreadable.
         """
-        folder = _model_folder(name_or_dir, revision)
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{name_or_dir} has no config.json; it is not a Hugging Face model")
-        stored = config_from_hf(_read_json(folder / "config.json"))
-        if block_size is not None and block_size > stored.block_size:
-            raise ModelError(f"block_size {block_size} is more than the {stored.block_size} positions of {name_or_dir}")
-        config = replace(stored, block_size=stored.block_size if block_size is None else block_size, **overrides)
-        with torch.device("meta"):  # shapes without storage: each parameter is allocated when its tensor is read
-            model = cls(config)
+        folder, weights = _model_files(name_or_dir, revision)
         try:
-            _load_weights(model, _open_weights(folder), stored.block_size, dtype, device)
+            config = replace(_read_config(folder / "config.json"), **overrides)
+            if block_size is not None and block_size > config.block_size:
+                raise ModelError(f"block_size {block_size} is more than its {config.block_size} positions")
+            with torch.device("meta"):  # shapes without storage: each parameter is allocated when its tensor is read
+                model = cls(config)
+            if heads := _load_weights(model, weights, dtype, device):
+                print(f"{name_or_dir}: left out what is not the language model: {', '.join(heads)}", file=sys.stderr)
+            if block_size is not None:
+                model.config = replace(config, block_size=block_size)
+                model.wpe = nn.Embedding.from_pretrained(model.wpe.weight[:block_size].clone(), freeze=False)
         except ModelError as error:
             raise ModelError(f"{name_or_dir}: {error}") from error
         return model.eval()
@@ -420,10 +392,7 @@ class GPT(nn.Module):
         """Write config.json, generation_config.json and model.safetensors in transformers' layout."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        state = self.state_dict()
-        if self.config.tie_word_embeddings:
-            del state["lm_head.weight"]
-        layout = (_to_hf(name, tensor, self.config) for name, tensor in state.items())
+        layout = (_to_hf(name, p, self.config) for name, p in self.named_parameters())  # which has tied ones once
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in layout}
         try:
             save_file(tensors, directory / "model.safetensors", {"format": "pt"})
@@ -441,12 +410,10 @@ class GPT(nn.Module):
 
 
 def uniform_draws(seed: int | None, rows: Iterable[int], steps: int, device: torch.device) -> Tensor:
-    """Uniform random numbers in [0, 1), one per row and step: (len(rows), steps).
-
-    Every row number has a generator of its own, so a row's text does not depend on the other rows of its batch.
-    """
+    """Uniform random numbers in [0, 1), one per row and step: (len(rows), steps)."""
     seed = int(torch.randint(2**62, ())) if seed is None else seed
     dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+    # Every row number has a generator of its own, so a row's text does not depend on the other rows of its batch.
     sources = [torch.Generator().manual_seed((seed * 1_000_003 + row) % 2**63) for row in rows]
     return torch.stack([torch.rand(steps, dtype=dtype, generator=source) for source in sources]).to(device)
 
@@ -489,8 +456,7 @@ def sample_token(
 # Hugging Face files: config.json as transformers' GPT2Config and OpenAIGPTConfig write it, and the weights
 
 # Keys in config.json of GPTConfig's fields, by model type.
-SAME = ["vocab_size", "n_layer", "n_head", "n_embd", "layer_norm_epsilon", "initializer_range"]
-SAME += ["tie_word_embeddings", "eos_token_id"]
+SAME = "vocab_size n_layer n_head n_embd layer_norm_epsilon initializer_range tie_word_embeddings eos_token_id".split()
 KEYS = {kind: {name: name for name in SAME} | {"block_size": "n_positions"} for kind in ("gpt2", "openai-gpt")}
 KEYS["gpt2"] |= {name: name for name in ("n_inner", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")}
 KEYS["gpt2"]["activation"], KEYS["openai-gpt"]["activation"] = "activation_function", "afn"
@@ -503,49 +469,27 @@ DEFAULTS: dict[str, dict[str, Any]] = {"gpt2": {"eos_token_id": 50256}, "openai-
 ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 ALIASES["max_position_embeddings"] = "n_positions"
 
-# Fields that change the computation and that GPTConfig lacks, with the value that has no effect.
-UNSUPPORTED: dict[str, Any] = {"add_cross_attention": False, "quantization_config": None, "pruned_heads": {}}
-
-# The first parts of the names of the network's tensors. What begins otherwise is a head for values, choices or classes.
-ROOTS = {"h", "wte", "wpe", "ln_f", "tokens_embed", "positions_embed", "position_ids", "lm_head"}
-
-Readers = dict[str, Callable[[], Tensor]]  # names of stored tensors -> functions that read them
-
 
 def config_from_hf(hf: dict[str, Any]) -> GPTConfig:
-    """The GPTConfig for a parsed config.json. Missing keys have transformers' defaults.
-
-    Raises:
-        ModelError: another model type, a field that GPTConfig cannot represent, or an invalid value.
-    """
+    """The GPTConfig for a parsed config.json; missing keys have transformers' defaults. Raises ModelError."""
     kind = str(hf.get("model_type"))
     if kind not in KEYS:
-        raise ModelError(f"config.json has model_type {hf.get('model_type')!r}; only gpt2 and openai-gpt can be loaded")
-    for field, no_effect in UNSUPPORTED.items():
-        if hf.get(field, no_effect) not in (no_effect, None):
-            raise ModelError(f"config.json sets {field} to {hf[field]!r}, which this model does not support")
+        raise ModelError(f"model_type {hf.get('model_type')!r} is neither gpt2 nor openai-gpt")
     hf = hf | {name: hf[alias] for alias, name in ALIASES.items() if alias in hf}
     values = DEFAULTS[kind] | {ours: hf[theirs] for ours, theirs in KEYS[kind].items() if theirs in hf}
     if values.get("post_norm") and values["activation"] == "gelu":
         values["activation"] = "gelu_new"  # GPT-1's code calls the tanh form "gelu"
     if isinstance(ends := values.get("eos_token_id"), list):
         values["eos_token_id"] = ends[0] if ends else None
-    try:
-        return GPTConfig(**values)
-    except ModelError as error:
-        raise ModelError(f"config.json: {error}") from error
+    return GPTConfig(**values)
 
 
 def config_to_hf(config: GPTConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The inverse of `config_from_hf`, with the other keys that transformers and llama.cpp (n_ctx) expect."""
     kind = "openai-gpt" if config.post_norm else "gpt2"
-    hf: dict[str, Any] = {
-        "architectures": ["OpenAIGPTLMHeadModel" if config.post_norm else "GPT2LMHeadModel"],
-        "model_type": kind,
-        "dtype": str(dtype).removeprefix("torch."),
-        "bos_token_id": config.eos_token_id,
-        "n_ctx": config.block_size,
-    }
+    hf: dict[str, Any] = {"model_type": kind, "dtype": str(dtype).removeprefix("torch.")}
+    hf |= {"architectures": ["OpenAIGPTLMHeadModel" if config.post_norm else "GPT2LMHeadModel"]}
+    hf |= {"bos_token_id": config.eos_token_id, "n_ctx": config.block_size}
     hf |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
     hf |= {theirs: getattr(config, ours) for ours, theirs in KEYS[kind].items()}
     if config.post_norm and config.activation == "gelu_new":
@@ -571,124 +515,86 @@ def _embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding(rows, width)
 
 
-def _model_folder(name_or_dir: str | Path, revision: str | None) -> Path:
-    """A model's folder. A hub model is downloaded if need be, its pickled weights only if it has no others."""
-    if os.path.isdir(name_or_dir):
-        return Path(name_or_dir)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+def _model_files(name_or_dir: str | Path, revision: str | None) -> tuple[Path, list[Path]]:
+    """A model's folder and weights, downloaded if need be; pickled weights only if it has no others."""
+    for name, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        single, shards = f"{name}.{suffix}", f"{name}-?????-of-?????.{suffix}"
+        folder = Path(name_or_dir)
+        if not os.path.isdir(name_or_dir):
+            from huggingface_hub import snapshot_download
 
+            files = ["config.json", single, shards]
+            try:
+                folder = Path(snapshot_download(str(name_or_dir), revision=revision, allow_patterns=files))
+            except (OSError, ValueError) as error:
+                why = str(error).strip().partition("\n")[0]
+                raise ModelError(f"{name_or_dir} is not a folder and cannot be loaded from the hub: {why}") from error
+        if paths := sorted(folder.glob(single)) or sorted(folder.glob(shards)):
+            return folder, paths
+    raise ModelError(f"{name_or_dir} has no weights: neither model.safetensors nor pytorch_model.bin")
+
+
+def _read_config(path: Path) -> GPTConfig:
     try:
-        for weights in ("model[.-]*safetensors*", "pytorch_model[.-]*bin*"):
-            files = ["config.json", weights]
-            folder = Path(snapshot_download(str(name_or_dir), revision=revision, allow_patterns=files))
-            if any(folder.glob(weights)):
-                break
-        return folder
-    except (HFValidationError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{name_or_dir} is not a folder and cannot be loaded from the hub: {reason}") from error
+        return config_from_hf(dict(json.loads(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"config.json cannot be used: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    with suppress(ValueError, RecursionError):
-        if isinstance(value := json.loads(path.read_text(encoding="utf-8")), dict):
-            return value
-    raise ModelError(f"{path} is not a JSON object")
+def _stored_tensors(paths: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of each file, the largest first, so that conversion copies don't raise the peak of memory."""
+    for path in paths:
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}
+                for key in sorted(sizes, key=lambda key: (sizes[key], key), reverse=True):
+                    # Reopened for every tensor: pages read from a mapped file count as memory until it is closed.
+                    with safe_open(path, framework="pt") as file:
+                        yield key, file.get_tensor(key)
+            else:
+                mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
+                state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)  # a pickle could run code
+                for key in sorted(state, key=lambda key: (state[key].numel(), key), reverse=True):
+                    yield str(key), state.pop(key).detach().cpu().contiguous()  # raises for sparse and meta tensors
+        except Exception as error:  # on a damaged file torch raises half a dozen kinds
+            why = str(error).partition("\n")[0]
+            raise ModelError(f"{path.name} is damaged, or has more than tensors and could run code: {why}") from error
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """One file, or the shards that an index lists; safetensors if there are both kinds."""
-    for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        if single.is_file():
-            return [single]
-        index = single.with_name(f"{single.name}.index.json")
-        if index.is_file():
-            weight_map = _read_json(index).get("weight_map")
-            if not weight_map or not isinstance(weight_map, dict) or {type(v) for v in weight_map.values()} != {str}:
-                raise ModelError(f"{index} has no weight_map from tensors to files")
-            for shard in map(PureWindowsPath, sorted(set(weight_map.values()))):  # knows both separators, and drives
-                if shard.anchor or ".." in shard.parts:
-                    raise ModelError(f"{index} names {shard.as_posix()}, which is outside its folder")
-                if not (folder / shard).is_file():
-                    raise ModelError(f"{folder} lacks {shard.as_posix()}, which its index names")
-            return sorted({folder / shard for shard in weight_map.values()})
-    raise ModelError("has no weights: neither model.safetensors nor pytorch_model.bin")
-
-
-def _open_weights(folder: Path) -> Readers:
-    """The network's tensors under transformers' current names, without the prefix "transformer."."""
-    readers: Readers = {}
-    heads = []
-    for path in _weight_files(folder):
-        for key, read in _open_file(path).items():
-            # Conversions from TensorFlow say gamma and beta. Older versions of transformers stored masks and positions.
-            name = key.removeprefix("transformer.").replace(".gamma", ".weight").replace(".beta", ".bias")
-            if name == key and name.partition(".")[0] not in ROOTS:
-                heads.append(key)
-            elif name != "position_ids" and not name.endswith((".attn.bias", ".attn.masked_bias")):
-                readers[name] = read
-    if heads:
-        print(f"{folder}: left out what is not the language model: {', '.join(sorted(heads))}", file=sys.stderr)
-    return readers
-
-
-def _open_file(path: Path) -> Readers:
-    def read(key: str) -> Tensor:
-        # Reopened for every tensor: pages read from a mapped file count as memory until it is closed.
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)
-
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: partial(read, key) for key in file.keys()}
-        mmap = zipfile.is_zipfile(path)  # torch before 1.6 wrote another format, which cannot be mapped
-        state = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)  # all of a pickle could run code
-    except Exception as error:  # on a damaged file torch raises half a dozen kinds
-        reason = str(error).partition("\n")[0]
-        raise ModelError(f"{path} is damaged, or holds more than tensors and could run code: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ModelError(f"{path} is not a dictionary of tensors")
-    return {key: partial(torch.detach, tensor) for key, tensor in state.items()}
-
-
-def _load_weights(
-    model: GPT, readers: Readers, block_size: int, dtype: torch.dtype | None, device: str | torch.device
-) -> None:
-    """Load a model that is on the meta device from `readers`, whose position table has `block_size` rows."""
-    config, state = model.config, model.state_dict()
-    tied_head = None
+def _load_weights(model: GPT, files: list[Path], dtype: torch.dtype | None, device: Device) -> list[str]:
+    """Load a model that is on the meta device. Returns names left out: heads for values, choices or classes."""
+    config, parameters = model.config, dict(model.named_parameters())
+    ours = {_to_hf(name, p, config)[0].removeprefix("transformer."): name for name, p in parameters.items()}
+    roots = {name.partition(".")[0] for name in ours} | {"transformer", "lm_head"}
     if config.tie_word_embeddings:
-        del state["lm_head.weight"]
-        table = _to_hf("wte.weight", model.wte.weight, config)[0].removeprefix("transformer.")
-        tied_head = readers.pop("lm_head.weight", None)
-        if tied_head and table not in readers:
-            readers[table], tied_head = tied_head, None
-    layout = {}  # name in the file -> ours, and the shape it must have there
-    for ours, tensor in state.items():
-        name, stored = _to_hf(ours, tensor, config)
-        shape = (block_size, config.n_embd) if ours == "wpe.weight" else tuple(stored.shape)
-        layout[name.removeprefix("transformer.")] = ours, shape
-    if missing := sorted(layout.keys() - readers):
-        raise ModelError(f"lacks the tensor {missing[0]} ({len(missing)} missing)")
-    if unknown := sorted(readers.keys() - layout):
-        raise ModelError(f"has the tensor {unknown[0]}, which no GPT has ({len(unknown)} left over)")
-
-    # Load the largest tensors first, so that conversion copies don't raise the peak.
-    for name, (ours, shape) in sorted(layout.items(), key=lambda item: -math.prod(item[1][1])):
-        tensor = readers.pop(name)()
+        ours["lm_head.weight"] = "wte.weight"
+    loaded: dict[str, Tensor] = {}
+    others = []
+    for key, tensor in _stored_tensors(files):
+        # Conversions from TensorFlow say gamma and beta. Older versions of transformers stored masks and positions.
+        name = key.removeprefix("transformer.").replace(".gamma", ".weight").replace(".beta", ".bias")
+        if name not in ours:
+            if name != "position_ids" and not name.endswith((".attn.bias", ".attn.masked_bias")):
+                others.append(key)
+            continue
+        own = ours[name]
+        shape = _to_hf(own, parameters[own], config)[1].shape
+        if tensor.shape != shape:
+            raise ModelError(f"{name} has shape {tuple(tensor.shape)}, but config.json implies {tuple(shape)}")
         if not tensor.is_floating_point():
             raise ModelError(f"{name} has dtype {tensor.dtype}, which is not a floating-point type")
-        if tensor.shape != shape:
-            raise ModelError(f"{name} has shape {tuple(tensor.shape)}, but config.json implies {shape}")
-        if ours == "wte.weight" and tied_head and not torch.equal(tied_head().to(tensor.dtype), tensor):
-            raise ModelError("lm_head.weight differs from the embedding that config.json ties it to")
         dtype = dtype or tensor.dtype
-        parameter = torch.zeros(state[ours].shape, dtype=dtype, device=device)
-        _, target = _to_hf(ours, parameter, config)  # a view of it in the file's layout
-        target.copy_(tensor[: len(target)])
-        module, _, attribute = ours.rpartition(".")
-        setattr(model.get_submodule(module), attribute, nn.Parameter(parameter))
+        parameter = torch.zeros_like(parameters[own], dtype=dtype, device=device)
+        _to_hf(own, parameter, config)[1].copy_(tensor)  # into a view of it in the file's layout
+        if own in loaded and not torch.equal(loaded[own], parameter):
+            raise ModelError(f"{name} differs from another tensor for {own} (tied, or stored twice)")
+        loaded[own] = parameter
+    if missing := [name for name in ours if ours[name] not in loaded]:
+        raise ModelError(f"lacks the tensor {missing[0]} ({len(parameters) - len(loaded)} missing)")
+    if unknown := [key.removeprefix("transformer.") for key in others if key.partition(".")[0] in roots]:
+        raise ModelError(f"has the tensor {min(unknown)}, which no GPT has ({len(unknown)} left over)")
+    model.load_state_dict(loaded, strict=False, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.wte.weight
+    return sorted(others)

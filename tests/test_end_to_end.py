@@ -325,7 +325,7 @@ def test_weights_that_are_no_numbers_are_named_before_training(workplace: Path) 
         (["--block_size", "100000"], "fewer than one sequence"),
         (["--device", "tpu"], "is not one of auto"),
         (["--batch_size", "auto"], 'batch_size "auto" measures the memory of a CUDA device; on cpu give a number'),
-        (["--init_from", "nowhere"], "nowhere has no config.json"),
+        (["--init_from", "nowhere"], "nowhere has no weights"),
         (["--wandb_project", "x"], "wandb is not installed"),
         (["--n_head", "3"], "n_embd 32 is not a multiple of n_head 3"),
     ],

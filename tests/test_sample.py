@@ -330,7 +330,7 @@ def test_shards_outside_the_folder(kind: str, shard: str, model: str, run: Calla
     (tmp_path / "model" / "model.safetensors").rename(tmp_path / "x")
     index = {"weight_map": {"wte.weight": shard}}
     (tmp_path / "model" / f"{kind}.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"index\.json names .*x, which is outside its folder"):
+    with pytest.raises(UserError, match="model has no weights"):
         run("--model", tmp_path / "model")
 
 
