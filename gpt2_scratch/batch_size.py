@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.config import TrainConfig
@@ -54,25 +55,23 @@ def fitting_batch_size(
 ) -> int:
     """The largest batch_size that fits every rank's GPU and divides its share of a step.
 
-    Extrapolates from the memory of one and of two sequences, uncompiled. A tenth of the memory is left free, because
-    fragmentation keeps the allocator from using all of it.
+    Extrapolates from the memory of one and of two sequences, compiled if the run is: that takes about half as much. A
+    tenth of the memory is left free, because fragmentation keeps the allocator from using all of it.
 
     Raises:
         UserError: the device is no GPU, or not even one sequence fits.
     """
     if rt.device.type != "cuda":
         raise UserError(f'batch_size "auto" measures the memory of a CUDA device; on {rt.device.type} give a number')
-    loss_fn = LossFunction(model, Loss(model), None, autocast_to(dtype, rt.device), cfg.parallel)
     share = max(1, cfg.total_batch_size // (model.config.block_size * rt.world_size))
-    peaks = [math.inf, math.inf]
-    for i, batch_size in enumerate((1, 2)):
-        with suppress(torch.OutOfMemoryError):
-            for p in model.parameters():
-                p.grad = torch.zeros_like(p)  # present from the second micro-step on
-            torch.cuda.reset_peak_memory_stats(rt.device)
-            warm_up(loss_fn, batch_size).backward()
-            peaks[i] = torch.cuda.max_memory_allocated(rt.device)
-        model.zero_grad(set_to_none=True)
+    loss = Loss(model)
+    try:
+        peaks = peak_memory(torch.compile(loss, dynamic=False) if cfg.compile else loss, cfg, dtype)
+    except Exception:
+        if not cfg.compile:
+            raise
+        peaks = peak_memory(loss, cfg, dtype)  # no compiler works here: `wrap` will say so and train uncompiled
+    torch._dynamo.reset()  # else the run's own batch would be a third size, compiled for any
     moments = 0 if optimizer.state else sum(2 * to_local(p).nbytes for p in model.parameters())
     # A sharded model keeps unsharded gradients between micro-steps.
     full_gradients = 4 * sum(p.numel() for p in model.parameters()) if is_sharded(model) else 0
@@ -85,6 +84,28 @@ def fitting_batch_size(
             f"activation_checkpointing, or several processes with parallel fsdp"
         )
     return int(fitting)
+
+
+def peak_memory(forward: nn.Module, cfg: TrainConfig, dtype: torch.dtype) -> list[float]:
+    """Bytes at most in use while one and two sequences go forward and backward; infinite if they do not fit.
+
+    Args:
+        forward: `Loss`, compiled or not.
+    """
+    model = forward.model
+    device = model.wte.weight.device
+    loss_fn = LossFunction(model, forward, None, autocast_to(dtype, device), cfg.parallel)
+    peaks = [math.inf, math.inf]
+    for i, batch_size in enumerate((1, 2)):
+        with suppress(torch.OutOfMemoryError):
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)  # present from the second micro-step on
+            warm_up(loss_fn, batch_size).backward()  # compiling may take more than running
+            torch.cuda.reset_peak_memory_stats(device)
+            warm_up(loss_fn, batch_size).backward()
+            peaks[i] = torch.cuda.max_memory_allocated(device)
+        model.zero_grad(set_to_none=True)
+    return peaks
 
 
 def largest_batch(share: int, one: float, two: float, room: float) -> int:

@@ -19,9 +19,9 @@ PEAK_TFLOPS = {
     "GH200": 989,
     "H200": 989,
     "H200 NVL": 835,
-    "H100": 989,
+    "H100 PCIe": 756,  # before the SXM one, which the rest of its name would fit as well
     "H100 NVL": 835,
-    "H100 PCIe": 756,
+    "H100": 989,
     "A100": 312,
     "A40": 149.7,
     "A30": 165,

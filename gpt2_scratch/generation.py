@@ -92,7 +92,7 @@ def decode(
     logits, _ = model(tokens[:, None], last_only=True, cache=cache)
     logits = logits[:, 0].float()  # (B, vocab_size)
     tokens = sample_token(logits, draw, temperature, top_k, top_p)
-    return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
+    return tokens, logits.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
 
 
 @functools.cache

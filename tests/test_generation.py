@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2_scratch.cli import UserError
 from gpt2_scratch.cpu import decode
 from gpt2_scratch.cpu.decode import (
     Int8Linear,
@@ -699,6 +700,15 @@ def test_int8_logits_are_close_to_exact_ones(tied: bool) -> None:
         [model(idx[:, :20], cache=cache)[0], *(model(idx[:, t : t + 1], cache=cache)[0] for t in range(20, 32))], 1
     )
     torch.testing.assert_close(cached, rounded, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_is_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There each weight would be unpacked for each token, which is slower than bfloat16."""
+    model = network(SMALL)
+    monkeypatch.setattr(Tensor, "device", torch.device("cuda"))
+    with pytest.raises(UserError, match="int8 is for CPUs"):
+        prepare(model, int8=True)
+    assert prepare(model) is model
 
 
 @torch.no_grad()
