@@ -11,7 +11,7 @@ from gpt2_scratch.cli import UserError
 from gpt2_scratch.config import TrainConfig
 from gpt2_scratch.device import autocast_to
 from gpt2_scratch.distributed import Runtime, all_gather
-from gpt2_scratch.optim import to_local
+from gpt2_scratch.optim import memory_of
 from gpt2_scratch.parallel import Loss, LossFunction, is_sharded, warm_up
 from model import GPT
 
@@ -72,7 +72,7 @@ def fitting_batch_size(
             raise
         peaks = peak_memory(loss, cfg, dtype)  # no compiler works here: `wrap` will say so and train uncompiled
     torch._dynamo.reset()  # else the run's own batch would be a third size, compiled for any
-    moments = 0 if optimizer.state else sum(2 * to_local(p).nbytes for p in model.parameters())
+    moments = 0 if optimizer.state else memory_of(optimizer)[1]
     # A sharded model keeps unsharded gradients between micro-steps.
     full_gradients = 4 * sum(p.numel() for p in model.parameters()) if is_sharded(model) else 0
     free = torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device)

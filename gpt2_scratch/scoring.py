@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from gpt2_scratch.checkpoint import load_model
 from gpt2_scratch.cli import UserError
+from gpt2_scratch.device import attention_of_varying_shapes
 from gpt2_scratch.distributed import Runtime
 from gpt2_scratch.sources import require_datasets
 from gpt2_scratch.tokenizer import Tokenizer
@@ -110,6 +111,7 @@ def not_finite(source: str | Path, kind: str) -> UserError:
     return UserError(f"{source} has finite weights, but logits that are not finite in {kind}{advice}")
 
 
+@attention_of_varying_shapes()
 def judge_all(
     model: GPT,
     examples: list[Example],

@@ -322,7 +322,9 @@ def test_compiled_texts_share_one_cache_and_few_compilations(monkeypatch: pytest
         return graph.forward
 
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: compile(function, backend=backend, **options))
+    monkeypatch.setattr(
+        torch, "compile", lambda function, mode, **options: compile(function, backend=backend, **options)
+    )
     compiled_decode.cache_clear()
     torch._dynamo.reset()
     for n in range(21):
