@@ -55,8 +55,8 @@ def fitting_batch_size(
 ) -> int:
     """The largest batch_size that fits every rank's GPU and divides its share of a step.
 
-    Extrapolates from the memory of one and of two sequences, compiled if the run is: that takes about half as much. A
-    tenth of the memory is left free, because fragmentation keeps the allocator from using all of it.
+    Extrapolates from the memory of one, two and four sequences, compiled if the run is, which takes about half as much.
+    A tenth of the memory is left free, because fragmentation keeps the allocator from using all of it.
 
     Raises:
         UserError: the device is no GPU, or not even one sequence fits.
@@ -87,7 +87,7 @@ def fitting_batch_size(
 
 
 def peak_memory(forward: nn.Module, cfg: TrainConfig, dtype: torch.dtype) -> list[float]:
-    """Bytes at most in use while one and two sequences go forward and backward; infinite if they do not fit.
+    """Bytes at most in use while one, two and four sequences go forward and backward; infinite if they do not fit.
 
     Args:
         forward: `Loss`, compiled or not.
@@ -95,8 +95,8 @@ def peak_memory(forward: nn.Module, cfg: TrainConfig, dtype: torch.dtype) -> lis
     model = forward.model
     device = model.wte.weight.device
     loss_fn = LossFunction(model, forward, None, autocast_to(dtype, device), cfg.parallel)
-    peaks = [math.inf, math.inf]
-    for i, batch_size in enumerate((1, 2)):
+    peaks = [math.inf] * 3
+    for i, batch_size in enumerate((1, 2, 4)):
         with suppress(torch.OutOfMemoryError):
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)  # present from the second micro-step on
@@ -108,11 +108,13 @@ def peak_memory(forward: nn.Module, cfg: TrainConfig, dtype: torch.dtype) -> lis
     return peaks
 
 
-def largest_batch(share: int, one: float, two: float, room: float) -> int:
+def largest_batch(share: int, one: float, two: float, four: float, room: float) -> int:
     """The largest divisor of `share` sequences that fits in `room` bytes, 0 if none does.
 
     Args:
-        one, two: bytes that one and two sequences take.
+        one, two, four: bytes that so many sequences take. One may take as much as two: what is in use at the end of the
+            backward pass depends on no batch.
     """
+    bytes_of = {1: one, 2: two}
     divisors = [n for n in range(1, share + 1) if share % n == 0]
-    return max([n for n in divisors if (one if n == 1 else one + (n - 1) * (two - one)) <= room], default=0)
+    return max([n for n in divisors if bytes_of.get(n, two + (n - 2) * (four - two) / 2) <= room], default=0)

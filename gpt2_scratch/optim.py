@@ -47,7 +47,7 @@ def make_optimizer(
 
 
 def memory_of(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Bytes that this rank's shares of weights and optimizer state take once a step is made; gradients are as weights."""
+    """Bytes of this rank's share of the weights and of the optimizer's state; gradients take as much as weights."""
     weights = [sum(to_local(p).nbytes for p in group["params"]) for group in optimizer.param_groups]
     copies = [1 if group["muon"] else 2 for group in optimizer.param_groups]  # momentum, or both of AdamW's moments
     return sum(weights), sum(n * size for n, size in zip(copies, weights))

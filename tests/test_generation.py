@@ -1,6 +1,7 @@
 """KV caches, Generation and the weight layouts for decoding, against plain forward passes."""
 
 import copy
+import functools
 import gc
 import weakref
 from dataclasses import replace
@@ -313,7 +314,7 @@ def test_a_text_that_nobody_reads_any_more_frees_its_memory(compile: bool, monke
 
 
 def test_compiled_texts_share_one_cache_and_few_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty batches of three texts, each of other lengths, and one text: as uncompiled, by code compiled three times."""
+    """Twenty batches of three texts, each of other lengths, and one text: as uncompiled, by code compiled thrice."""
     model = network(replace(SMALL, block_size=64, n_layer=1))
     compilations, addresses = [], set()
 
@@ -321,10 +322,8 @@ def test_compiled_texts_share_one_cache_and_few_compilations(monkeypatch: pytest
         compilations.append(graph)
         return graph.forward
 
-    compile = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda function, mode, **options: compile(function, backend=backend, **options)
-    )
+    compile = functools.partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: compile(function, **options))
     compiled_decode.cache_clear()
     torch._dynamo.reset()
     for n in range(21):
