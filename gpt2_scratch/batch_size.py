@@ -71,7 +71,8 @@ def fitting_batch_size(
         if not cfg.compile:
             raise
         peaks = peak_memory(loss, cfg, dtype)  # no compiler works here: `wrap` will say so and train uncompiled
-    torch._dynamo.reset()  # else the run's own batch would be a third size, compiled for any
+    torch._dynamo.reset()  # else the run's own batch would be a fourth size, compiled for any
+    torch.cuda.empty_cache()  # blocks of these sizes would fragment the memory
     moments = 0 if optimizer.state else memory_of(optimizer)[1]
     # A sharded model keeps unsharded gradients between micro-steps.
     full_gradients = 4 * sum(p.numel() for p in model.parameters()) if is_sharded(model) else 0

