@@ -359,12 +359,7 @@ GPU_TRAINING = {
     "774m": ["batch_size=8", "batch_size=16"],
     "1558m": ["batch_size=4", "batch_size=8 activation_checkpointing=false"],
 }
-GPU_TOKENS = {
-    "124m": 262144,
-    "350m": 131072,
-    "774m": 65536,
-    "1558m": 65536,
-}  # a step, less than the recipes' to be short
+GPU_TOKENS = {"124m": 262144, "350m": 131072, "774m": 65536, "1558m": 65536}  # a step; fewer than in the recipes
 
 
 def bench_gpu(args: argparse.Namespace) -> None:
