@@ -1,4 +1,4 @@
-"""Measure the speed of training, generation and data: `python bench.py train`, `sample` or `data`."""
+"""Measure the speed of training, generation, data or a GPU: `python bench.py train`, `sample`, `data` or `gpu`."""
 
 import argparse
 import contextlib
@@ -11,12 +11,14 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +27,9 @@ from typing import Any
 import numpy as np
 import tiktoken
 import torch
+import torch.nn.functional as F
 from tiktoken_ext.openai_public import r50k_pat_str
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2_scratch.cli import UserError, count, run_script
 from gpt2_scratch.config import TrainConfig, parse_config
@@ -68,6 +72,13 @@ def parse_args() -> argparse.Namespace:
     sample.add_argument("--dtypes", nargs="+", choices=dtypes, default=["auto"], help="of our model (default: auto)")
     sample.add_argument("--device", default="auto")
     sample.add_argument("--compile", action="store_true", help="compile our decoding step")
+    gpu = commands.add_parser("gpu", help="both of these on a CUDA device, as a report in Markdown")
+    gpu.set_defaults(run=bench_gpu)
+    gpu.add_argument("--output", type=Path, default="report.md", metavar="FILE.md", help="(default: report.md)")
+    gpu.add_argument("--minutes", type=few, default=15, help="what has not ended by then is left out (default: 15)")
+    gpu.add_argument("--sizes", choices=SIZES, nargs="+", default=list(SIZES), help="of GPT-2 (default: all)")
+    for name in OTHERS:
+        gpu.add_argument(f"--{name}", type=Path, metavar="FOLDER", help=f"also time {name} from this clone")
     data = commands.add_parser("data", help="tokenizing, compared with tiktoken, and reading, in tokens per second")
     data.set_defaults(run=bench_data)
     data.add_argument("--megabytes", type=few, default=120, help="text to tokenize (default: 120)")
@@ -103,10 +114,14 @@ class Measured(Exception):
     """Training has logged every interval that we time."""
 
 
+def combinations_of(settings: list[str]) -> list[tuple[str, ...]]:
+    """Flags of train.py, for each combination of the values of KEY=VALUE,VALUE."""
+    pairs = [setting.partition("=")[::2] for setting in settings]
+    return list(itertools.product(*([f"--{name}={value}" for value in values.split(",")] for name, values in pairs)))
+
+
 def bench_train(args: argparse.Namespace) -> None:
-    pairs = [pair.partition("=")[::2] for pair in args.set]
-    choices = [[f"--{name}={value}" for value in values.split(",")] for name, values in pairs]
-    combinations = list(itertools.product(*choices))
+    combinations = combinations_of(args.set)
     interval = max(1, args.steps // ROUNDS)
     fixed = {"run_name": "bench", "max_steps": interval * (ROUNDS + 1), "log_interval": interval, "eval_interval": 0}
     fixed |= {"warmup_steps": 1, "checkpoint_interval": 0, "verify_data": False, "resume": False, "wandb_project": ""}
@@ -128,7 +143,8 @@ def bench_train(args: argparse.Namespace) -> None:
         print("| settings | tokens/s | slowest | MFU | of matmul | peak GiB | start s |\n|" + "---|" * 7)
         for flags, cfg in zip(combinations, configs):
             trace = args.profile.resolve() if args.profile and not rates else None
-            data = str(Path(cfg.data).resolve() if "data" in dict(pairs) else folder / "data")
+            given = any(flag.startswith("--data=") for flag in flags)
+            data = str(Path(cfg.data).resolve() if given else folder / "data")
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # for its own peak memory
                 row = pool.submit(time_training, dataclasses.replace(cfg, data=data), folder, trace).result()
             settings = " ".join(flag.removeprefix("--") for flag in flags) or "unchanged"
@@ -335,6 +351,96 @@ def bench_sample(args: argparse.Namespace) -> None:
             f"better dtype; a sum reads {bandwidth / 1e9:.1f} GB/s",
             flush=True,
         )
+
+
+# What to train each size with, a process each, the most telling first.
+GPU_TRAINING = {
+    "124m": ["batch_size=64", "batch_size=32 compile=true,false optimizer=muon,adamw"],
+    "350m": ["batch_size=16", "batch_size=32"],
+    "774m": ["batch_size=8", "batch_size=16"],
+    "1558m": ["batch_size=4", "batch_size=8 activation_checkpointing=false"],
+}
+GPU_TOKENS = {"124m": 262144, "350m": 131072, "774m": 65536, "1558m": 65536}  # a step; fewer than in the recipes
+
+
+def bench_gpu(args: argparse.Namespace) -> None:
+    """Run the other commands on a CUDA device, one process each, and write down every line as it comes."""
+    device, end = pick_device("cuda"), time.monotonic() + 60 * args.minutes
+    with args.output.open("x", encoding="utf-8") as file:
+
+        def report(line: str) -> None:
+            print(line, flush=True)
+            file.write(line + "\n")
+            file.flush()
+
+        report(f"# {torch.cuda.get_device_name(device)}, torch {torch.__version__}, CUDA {torch.version.cuda}\n")
+        for line in device_table(device):
+            report(line)
+        torch.cuda.empty_cache()
+        for command in gpu_commands(args):
+            report(f"\n    python bench.py {' '.join(command)}\n")
+            if problem := reported(command, report, end - time.monotonic()):
+                report(problem)
+
+
+def gpu_commands(args: argparse.Namespace) -> list[list[str]]:
+    """The arguments of each run, in order."""
+    training = [
+        [
+            *("train", f"configs/gpt2_{size}.toml", "--steps", "5"),
+            *("--set", *settings.split(), f"total_batch_size={GPU_TOKENS[size]}"),
+        ]
+        for turn in range(2)
+        for size in args.sizes
+        for settings in GPU_TRAINING[size][turn : turn + 1]
+    ]
+    for name in OTHERS:
+        if clone := getattr(args, name):
+            training[0] += [f"--{name}", str(clone)]
+    writing = [["sample", "--model", size, "--new_tokens", "64", "--rounds", "2"] for size in args.sizes]
+    n = len(args.sizes)
+    return training[:n] + writing + training[n:] + [[*command, "--compile"] for command in writing]
+
+
+def reported(command: list[str], report: Callable[[str], None], seconds_left: float) -> str:
+    """Run this script with other arguments and report what it prints. Returns why there is no more of it, or ""."""
+    if seconds_left <= 0:
+        return "Not measured: the time was up."
+    run = [sys.executable, __file__, *command]
+    with subprocess.Popen(run, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        timer = threading.Timer(seconds_left, lambda: os.killpg(process.pid, signal.SIGKILL))  # its workers as well
+        timer.start()
+        for line in process.stdout or ():
+            report(line.rstrip("\n"))
+        status = process.wait()
+        timer.cancel()
+    if status == -signal.SIGKILL:
+        return "The time was up."
+    return "" if status == 0 else "It failed, as by a lack of memory; the terminal shows why."
+
+
+def device_table(device: torch.device) -> Iterator[str]:
+    """What the device can do at best: products, reading, and attention of a micro-batch of GPT-2 124M."""
+    dtype, peak = pick_dtype("auto", device), peak_flops(device)
+    yield "| | measured |\n|---|---|"
+    for kind in (torch.float32, dtype):
+        yield f"| product of 8192 x 8192 matrices, {kind} | {matmul_flops(device, kind) / 1e12:.1f} TFLOP/s |"
+    yield f"| peak that MFU is of | {f'{peak / 1e12:.0f} TFLOP/s' if peak else 'unknown, so there is no MFU'} |"
+    yield f"| reading 1 GiB | {read_bandwidth(device) / 1e9:.0f} GB/s |"
+    shape = B, n_head, T, head_dim = 16, 12, 1024, 64
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype).requires_grad_() for _ in range(3))
+    flops = 7 * B * n_head * T * T * head_dim  # two products forward and five backward, half of each masked
+    for backend in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+
+        def step(backend: str = backend) -> None:
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                F.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+
+        try:
+            rate = f"{flops / min(seconds(step, device) for _ in range(10)) / 1e12:.1f} TFLOP/s"
+        except RuntimeError as error:
+            rate = f"does not run: {str(error).splitlines()[0]}"
+        yield f"| {backend}, {' x '.join(map(str, shape))}, forward and backward | {rate} |"
 
 
 @cache

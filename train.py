@@ -21,7 +21,7 @@ from gpt2_scratch.checkpoint import CheckpointWriter
 from gpt2_scratch.cli import UserError, run_script
 from gpt2_scratch.config import TrainConfig, parse_config
 from gpt2_scratch.dataset import evaluation_batches, to_device, training_batches
-from gpt2_scratch.device import AsyncReader, describe, peak_flops, pick_dtype
+from gpt2_scratch.device import AsyncReader, attention_of_varying_shapes, describe, peak_flops, pick_dtype
 from gpt2_scratch.distributed import (
     Runtime,
     all_gather,
@@ -33,7 +33,7 @@ from gpt2_scratch.distributed import (
 )
 from gpt2_scratch.interrupt import Interrupt, StepInterrupted, interrupt_within, signal_of_any
 from gpt2_scratch.metrics import MetricsLog, Speed
-from gpt2_scratch.optim import learning_rate_at
+from gpt2_scratch.optim import learning_rate_at, memory_of
 from gpt2_scratch.parallel import LossFunction, full_state, unsharded, wrap
 from gpt2_scratch.run import check_replicas, end_for_nonfinite_steps, open_run, start_writing
 from gpt2_scratch.scoring import judge_all, summarise
@@ -76,6 +76,12 @@ def train(cfg: TrainConfig) -> None:
             f"{str(state.dtype).removeprefix('torch.')}, {processes}, "
             f"{state.plan.sequences} sequences of {state.model.config.block_size} tokens a step "
             f"({state.plan.accumulation_steps} x {state.plan.batch_size} per process), {cfg.max_steps} steps",
+        )
+        weights, moments = (n / 2**30 for n in memory_of(state.optimizer))
+        print0(
+            rt,
+            f"{state.tokens_per_step:,} tokens a step; each process holds {weights:.2f} GiB of weights, as much of "
+            f"gradients, {moments:.2f} GiB of optimizer state, and the activations of a micro-step",
         )
         signum = training_loop(cfg, state, run, log, writer, rt)
         if writer and signum:
@@ -270,7 +276,10 @@ def log_step(
     step, (loss, grad_norm, bad_steps) = state.progress.step, values
     line = {"step": step, "tokens": step * state.tokens_per_step, "train_loss": loss}
     line |= {"lr": learning_rate(step - 1, cfg), "grad_norm": grad_norm, "bad_steps": int(bad_steps)}
-    log.write(line | speed.measure(step))
+    measured = speed.measure(step)
+    log.write(line | measured)
+    if speed.intervals == 2 and step < cfg.max_steps:  # the first steps are slower
+        bar.write(speed.forecast(measured, cfg.max_steps - step))
     bar.set_postfix_str(f"step {step}, loss {loss:.3f}")
 
 
@@ -377,7 +386,8 @@ def write_passage(model: GPT, tokenizer: Tokenizer, max_new_tokens: int = 400) -
     training = model.training
     model.eval()
     begin = torch.tensor([[tokenizer.eot]], device=model.wte.weight.device)
-    ids = model.generate(begin, max_new_tokens, temperature=0.8, top_k=200, top_p=0.95)[0, 1:].tolist()
+    with attention_of_varying_shapes():
+        ids = model.generate(begin, max_new_tokens, temperature=0.8, top_k=200, top_p=0.95)[0, 1:].tolist()
     model.train(training)
     return tokenizer.decode(ids[: ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids).strip()
 

@@ -4,26 +4,49 @@ import ctypes
 import re
 import sys
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2_scratch.cli import UserError
 
-# Dense bf16 peak of the datasheet, FLOP/s, by a part of the device's name.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+# Peak of dense products on the tensor cores in bf16 (fp16 before Ampere), summed in float32, in TFLOP/s: from the
+# makers' datasheets, whose larger figures count zeros. Each of a MI250X's two dies is a device.
+PEAK_TFLOPS = {
+    "B200": 2250,
+    "GB200": 2500,
+    "GH200": 989,
+    "H200": 989,
+    "H200 NVL": 835,
+    "H100 PCIe": 756,  # before the SXM one, which the rest of its name would fit as well
+    "H100 NVL": 835,
+    "H100": 989,
+    "A100": 312,
+    "A40": 149.7,
+    "A30": 165,
+    "A10": 125,
+    "A10G": 70,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX A6000": 154.8,
+    "RTX 5090": 209.5,
+    "RTX 5080": 112.6,
+    "RTX 4090": 165.2,
+    "RTX 4080": 97.5,
+    "RTX 4070": 58.3,
+    "RTX 3090": 71,
+    "V100-SXM2": 125,
+    "V100-SXM3": 125,
+    "V100-PCIE": 112,
+    "T4": 65,
+    "MI250X": 191.5,
+    "MI300X": 1307.4,
 }
+MAKERS = r"(NVIDIA |AMD |Tesla |GeForce |Instinct )*"
+MEMORY = r"([ -](SXM\d?|PCIE?|\d+GB|HBM\d\w?))*"  # what may follow a model's name without changing its speed
 
 
 def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
@@ -82,12 +105,20 @@ def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextMana
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def attention_of_varying_shapes() -> Any:
+    """Attention without cuDNN's kernel, which plans anew for each shape, and a text's shapes change with each token."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s, or None if unknown."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    """The device's dense bf16 peak in FLOP/s, or None if unknown: for a laptop's chip, or a part of a card."""
+    return peak_flops_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_flops_of(name: str) -> float | None:
+    """The same for the name of a device, such as "NVIDIA A100-SXM4-40GB"."""
+    fits = (peak for model, peak in PEAK_TFLOPS.items() if re.fullmatch(MAKERS + model + MEMORY, name, re.IGNORECASE))
+    return next((peak * 1e12 for peak in fits), None)
 
 
 class AsyncReader:

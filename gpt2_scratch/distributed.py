@@ -206,8 +206,14 @@ def process_group(device: str = "auto", timeout: float = 600) -> Iterator[Runtim
         if rt.peers:
             same_everywhere(rt, {"device": rt.device.type, "torch": torch.__version__, "program": program_version()})
             backend = "nccl" if rt.device.type == "cuda" else "gloo"
-            limit = timedelta(seconds=timeout)
-            dist.init_process_group(backend, store=rt.peers.store, rank=rank, world_size=world_size, timeout=limit)
+            dist.init_process_group(
+                backend,
+                store=rt.peers.store,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout),
+                device_id=rt.device if backend == "nccl" else None,  # connect now, and know the device of a barrier
+            )
         yield rt
         leave_group(rt)
     except SharedError:

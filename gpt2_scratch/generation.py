@@ -3,12 +3,19 @@
 `GPT.generate` is the same in twenty lines, for rows of equal length; tests/test_generation.py holds the two equal.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor
 
+from gpt2_scratch.device import attention_of_varying_shapes
 from model import GPT, CacheView, GPTConfig, KVCache, sample_token, uniform_draws
+
+# One static cache for each model, for the next compiled texts: compiled code and CUDA graphs are tied to its address.
+IDLE_CACHES: WeakKeyDictionary[GPT, "RaggedCache"] = WeakKeyDictionary()
 
 
 class RaggedCache(KVCache):
@@ -73,11 +80,60 @@ class RaggedView(CacheView):
             stored[layers, rows, :, self.positions] = new.transpose(1, 2).to(stored.dtype)  # (B, T, n_head, head_dim)
 
 
+def decode(
+    model: GPT,
+    cache: RaggedCache,
+    tokens: Tensor,
+    draw: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step's work on the device: the tokens after `tokens` (B,) and their log-probabilities, (B,) each."""
+    logits, _ = model(tokens[:, None], last_only=True, cache=cache)
+    logits = logits[:, 0].float()  # (B, vocab_size)
+    tokens = sample_token(logits, draw, temperature, top_k, top_p)
+    return tokens, logits.log_softmax(dim=1).gather(1, tokens[:, None])[:, 0]
+
+
+@functools.cache
+def compiled_decode(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`decode` compiled, with CUDA graphs on CUDA; once for each size of cache."""
+    return torch.compile(decode, mode="reduce-overhead" if device_type == "cuda" else "default", dynamic=False)
+
+
+def take_static_cache(model: GPT, batch_size: int, max_len: int, owner: object) -> RaggedCache:
+    """A static cache of at least this size, to be compiled with; the model's idle one if that is large enough.
+
+    Sizes are few, so that texts of any length share compiled code: a power of two of rows, and a quarter, half or all
+    of the context. A larger cache replaces a smaller one.
+
+    Args:
+        owner: when it goes, the cache is kept for the next.
+    """
+    block_size, weight = model.config.block_size, model.wte.weight
+    idle = IDLE_CACHES.pop(model, None)
+    rows, positions = 0, 0
+    if idle is not None and idle.k.dtype == weight.dtype and idle.k.device == weight.device:
+        rows, positions = idle.k.shape[1], idle.k.shape[3]
+    if idle is None or batch_size > rows or max_len > positions:
+        del idle  # before its successor is allocated
+        rows = max(rows, 1 << (batch_size - 1).bit_length())
+        lengths = (-(-block_size // 4), -(-block_size // 2), block_size)
+        positions = max(positions, next(length for length in lengths if length >= max_len))
+        idle = RaggedCache(model.config, rows, positions, weight.dtype, weight.device, static=True)
+        for buffer in (idle.k, idle.v, idle.length):
+            torch._dynamo.mark_static_address(buffer)
+    finalize(owner, IDLE_CACHES.__setitem__, model, idle).atexit = False
+    return idle
+
+
 class Generation:
     """Rows of text being generated: `step` returns the next token of each live row, `end` removes rows.
 
     A row's text depends on its prompt, the settings and its seed, never on the other rows. When a row has filled the
-    context, its cache is refilled from its newest block_size // 2 tokens.
+    context, its cache is refilled from its newest block_size // 2 tokens. Compiled steps may carry more rows than there
+    are prompts; these hold nothing that anyone reads.
 
     Args:
         model: with weights in the dtype to compute in.
@@ -93,6 +149,7 @@ class Generation:
     """
 
     @torch.inference_mode()
+    @attention_of_varying_shapes()
     def __init__(
         self,
         model: GPT,
@@ -111,15 +168,24 @@ class Generation:
         self.model = model
         self.device = model.wte.weight.device
         self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self.decode = compiled_decode(self.device.type) if compile else decode
         self.live = list(range(len(prompts)))
         self.slots = list(self.live)  # indices of the live rows in the tensors below
-        numbers = self.live if row_numbers is None else row_numbers
-        self.draws = uniform_draws(seed, numbers, max_new_tokens, self.device)  # (B, max_new_tokens)
-        self.steps = 0
 
-        prompts = [prompt[-model.config.block_size :] for prompt in prompts]
+        block_size = model.config.block_size
+        prompts = [prompt[-block_size:] for prompt in prompts]
+        longest = max(len(prompt) for prompt in prompts)
+        max_len = min(longest + max_new_tokens, block_size)
+        if compile:
+            self.cache = take_static_cache(model, len(prompts), max_len, owner=self)
+        else:
+            self.cache = RaggedCache(model.config, len(prompts), max_len, model.wte.weight.dtype, self.device)
+        numbers = list(self.live if row_numbers is None else row_numbers)
+        spare = self.cache.k.shape[1] - len(prompts)
+        prompts, numbers = prompts + [[0]] * spare, numbers + [0] * spare
+        self.draws = uniform_draws(seed, numbers, max_new_tokens, self.device).t().contiguous()  # (max_new_tokens, B)
+        self.steps = 0
         self.totals = [len(prompt) for prompt in prompts]  # tokens in each row
-        longest = max(self.totals)
         ids = torch.zeros(len(prompts), longest + max_new_tokens, dtype=torch.int64)
         for row, prompt in zip(ids, prompts):
             row[: len(prompt)] = torch.tensor(prompt)
@@ -128,24 +194,16 @@ class Generation:
         self.column = torch.tensor(self.totals, device=self.device)  # of `ids`, for each row's next token
 
         # Prefill: all but a prompt's last token go into the cache; the last one is the first step's input.
-        max_len = min(longest + max_new_tokens, model.config.block_size)
-        dtype = model.wte.weight.dtype
-        self.cache = RaggedCache(model.config, len(prompts), max_len, dtype, self.device, static=compile)
         self.cached = [0] * len(prompts)  # tokens of each row in the cache
-        self._fill(self.slots, [total - 1 for total in self.totals])
-        self.decode = self._decode
-        if compile:
-            for buffer in (self.cache.k, self.cache.v, self.cache.length):
-                torch._dynamo.mark_static_address(buffer)
-            mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-            self.decode = torch.compile(self._decode, mode=mode)
+        self._fill(self.slots, [self.totals[slot] - 1 for slot in self.slots])
         self.pending = self._next(self.ids[self.rows, self.column - 1])  # what the next `step` returns
 
     @torch.inference_mode()
+    @attention_of_varying_shapes()
     def step(self) -> tuple[Tensor, Tensor]:
         """The next token of each live row, int64 (live,), and its log-probability under the model, float32 (live,)."""
         tokens, logprobs = self.pending
-        if self.steps < self.draws.shape[1]:
+        if self.steps < len(self.draws):
             self.pending = self._next(tokens)  # one step ahead, so that the device works while the caller reads tokens
         if len(self.slots) == len(tokens):
             return tokens, logprobs
@@ -161,7 +219,7 @@ class Generation:
             return
         cache, slots = self.cache, torch.tensor(self.slots, device=self.device)
         cache.k, cache.v, cache.length = cache.k[:, slots], cache.v[:, slots], cache.length[: len(slots)]
-        self.ids, self.draws = self.ids[slots], self.draws[slots]
+        self.ids, self.draws = self.ids[slots], self.draws[:, slots]
         self.rows, self.column = self.rows[: len(slots)], self.column[slots]
         self.pending = (self.pending[0][slots], self.pending[1][slots])
         self.totals = [self.totals[i] for i in self.slots]
@@ -176,7 +234,7 @@ class Generation:
             self._fill(full, [block_size // 2] * len(full))
         if self.cache.static and self.device.type == "cuda":
             torch.compiler.cudagraph_mark_step_begin()
-        tokens, logprobs = self.decode(tokens, self.draws[:, self.steps])
+        tokens, logprobs = self.decode(self.model, self.cache, tokens, self.draws[self.steps], **self.sampling)
         if self.cache.static:  # a CUDA graph's next run overwrites its outputs
             tokens, logprobs = tokens.clone(), logprobs.clone()
         self.steps += 1
@@ -185,13 +243,6 @@ class Generation:
         self.column += 1
         self.totals = [total + 1 for total in self.totals]
         return tokens, logprobs
-
-    def _decode(self, tokens: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
-        """One step's work on the device; this is what gets compiled."""
-        logits, _ = self.model(tokens[:, None], last_only=True, cache=self.cache)
-        logits = logits[:, 0].float()  # (B, vocab_size)
-        tokens = sample_token(logits, draw, **self.sampling)
-        return tokens, logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)
 
     def _fill(self, slots: list[int], counts: list[int]) -> None:
         """Refill the cache of `slots` with their newest tokens, `counts` each, less the very last: the next input."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from threading import Lock
 
@@ -129,6 +130,7 @@ class Speed:
     def __init__(self, step: int, tokens_per_step: int, flops_per_token: int, peak_flops: float | None):
         self.began, self.step, self.tokens_per_step = time.perf_counter(), step, tokens_per_step
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.intervals = 0  # measured so far
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -141,6 +143,14 @@ class Speed:
         now = time.perf_counter()
         rate = (step - self.step) * self.tokens_per_step / (now - self.began)
         self.began, self.step = now, step
+        self.intervals += 1
         return {"tokens_per_sec": rate} | (
             {"mfu": rate * self.flops_per_token / self.peak_flops} if self.peak_flops else {}
         )
+
+    def forecast(self, measured: dict[str, float], steps: int) -> str:
+        """What `measure` returned in words, and how long so many more steps take at that speed."""
+        rate, mfu = measured["tokens_per_sec"], measured.get("mfu")
+        left = timedelta(seconds=round(steps * self.tokens_per_step / rate))
+        share = "" if mfu is None else f", {mfu:.1%} of the peak FLOP/s (MFU)"
+        return f"{rate:,.0f} tokens/s{share}; the other {steps:,} steps take {left} at that, evaluations aside"

@@ -47,6 +47,13 @@ def make_optimizer(
     return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-8, fused=True)
 
 
+def memory_of(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Bytes of this rank's share of the weights and of the optimizer's state; gradients take as much as weights."""
+    weights = [sum(to_local(p).nbytes for p in group["params"]) for group in optimizer.param_groups]
+    copies = [1 if group["muon"] else 2 for group in optimizer.param_groups]  # momentum, or both of AdamW's moments
+    return sum(weights), sum(n * size for n, size in zip(copies, weights))
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> bool:
     """Load a state_dict. Returns whether it has the state of every parameter, in its shape."""
     try:

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from gpt2_scratch import sources
 from gpt2_scratch.checkpoint import load_model
 from gpt2_scratch.cli import UserError
+from gpt2_scratch.device import attention_of_varying_shapes
 from gpt2_scratch.distributed import Runtime
 from gpt2_scratch.sources import hub_errors, require_datasets, split_name
 from gpt2_scratch.tokenizer import Tokenizer
@@ -111,6 +112,7 @@ def not_finite(source: str | Path, kind: str) -> UserError:
     return UserError(f"{source} has finite weights, but logits that are not finite in {kind}{advice}")
 
 
+@attention_of_varying_shapes()
 def judge_all(
     model: GPT,
     examples: list[Example],

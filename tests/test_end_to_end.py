@@ -276,16 +276,11 @@ def test_published_recipes_split_over_any_number_of_gpus(world_size: int) -> Non
 
 @given(share=st.integers(1, 600), one=st.integers(1, 100), each=st.integers(1, 100), room=st.integers(0, 9999))
 def test_auto_batch_size_is_the_largest_divisor_that_fits(share: int, one: int, each: int, room: int) -> None:
-    found = largest_batch(share, one, one + each, room)
+    found = largest_batch(share, one, one + each, one + 3 * each, room)
     fitting = [n for n in range(1, share + 1) if share % n == 0 and one + (n - 1) * each <= room]
     assert found == (fitting[-1] if fitting else 0)
-    assert largest_batch(share, one, math.inf, room) == (one <= room), "two did not fit"
-    assert largest_batch(share, math.inf, math.inf, room) == 0
-
-
-@pytest.mark.gpu
-def test_auto_batch_size_trains_on_cuda(workplace: Path) -> None:
-    run_tiny("--device", "cuda", "--batch_size", "auto", "--max_steps", "2")
+    assert largest_batch(share, one, math.inf, math.inf, room) == (one <= room), "two did not fit"
+    assert largest_batch(share, math.inf, math.inf, math.inf, room) == 0
 
 
 def test_tokens_that_are_no_whole_sequences_are_refused(workplace: Path) -> None:
@@ -408,10 +403,27 @@ def test_bench_times_training(workplace: Path, capsys: pytest.CaptureFixture) ->
     assert json.loads(Path("t.json").read_text())["traceEvents"] and not Path("out").exists()
 
 
-@pytest.mark.gpu
-def test_trains_on_cuda_in_bfloat16_compiled(workplace: Path) -> None:
-    run_tiny("--device", "cuda", "--dtype", "auto", "--compile", "true")
-    assert curve("tiny", "val_loss")[-1] < curve("tiny")[0] - 1
+def test_report_keeps_what_was_printed_before_the_time_was_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, lines = tmp_path / "program.py", []
+    monkeypatch.setattr(bench, "__file__", str(program))
+    program.write_text("import sys, time; print('| 1 |', flush=True); time.sleep(float(sys.argv[1]))")
+    assert bench.reported(["60"], lines.append, 2) == "The time was up."
+    assert bench.reported(["0"], lines.append, 60) == ""
+    assert bench.reported(["none"], lines.append, 60).startswith("It failed")
+    assert bench.reported(["0"], lines.append, -1).startswith("Not measured")
+    assert lines == ["| 1 |"] * 3
+
+
+def test_report_runs_commands_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", "bench.py gpu --nanogpt clone".split())
+    commands = bench.gpu_commands(bench.parse_args())
+    assert len(commands) == 16 and commands[0][-2:] == ["--nanogpt", "clone"]
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["bench.py", *command])
+        args = bench.parse_args()
+        for flags in bench.combinations_of(args.set) if args.command == "train" else []:
+            cfg = parse_config([str(ROOT / args.config), *flags])
+            assert plan_batch(cfg.total_batch_size, cfg.batch_size, 1024, 1).batch_size == cfg.batch_size
 
 
 def test_weights_of_another_vocabulary_than_the_data_are_refused(workplace: Path) -> None:

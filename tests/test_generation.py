@@ -1,6 +1,9 @@
 """KV caches, Generation and the weight layouts for decoding, against plain forward passes."""
 
 import copy
+import functools
+import gc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2_scratch.cli import UserError
 from gpt2_scratch.cpu import decode
 from gpt2_scratch.cpu.decode import (
     Int8Linear,
@@ -24,7 +28,7 @@ from gpt2_scratch.cpu.decode import (
     prepare,
     round_to_int8,
 )
-from gpt2_scratch.generation import Generation, RaggedCache
+from gpt2_scratch.generation import IDLE_CACHES, Generation, RaggedCache, compiled_decode
 from model import GPT, CacheView, GPTConfig, KVCache, sample_token
 
 SMALL = GPTConfig(block_size=12, vocab_size=41, n_layer=2, n_head=2, n_embd=8, initializer_range=0.5)
@@ -223,7 +227,7 @@ def test_text_equals_that_of_a_loop_without_a_cache(
     prompts = data.draw(st.lists(texts(model, longest=14), min_size=1, max_size=3))
     block_size, steps = model.config.block_size, 30
     generation = Generation(model, prompts, steps, **sampling, seed=seed)
-    draws = generation.draws.clone()
+    draws = generation.draws.t().clone()  # (rows, steps)
     written = [generation.step() for _ in range(steps)]
     for row, prompt in enumerate(prompts):
         context = prompt[-block_size:]
@@ -292,6 +296,55 @@ def test_compiled_steps_write_the_same() -> None:
         seen.append([torch.cat([values[i] for values in before + after]) for i in (0, 1)])
     assert torch.equal(seen[0][0], seen[1][0])
     torch.testing.assert_close(seen[0][1], seen[1][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_text_that_nobody_reads_any_more_frees_its_memory(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Python's collector of cycles, which comes by only after many batches of gigabytes each."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    generation = Generation(network(SMALL), [[1, 2], [3]], 3, compile=compile)
+    generation.step()
+    seen = weakref.ref(generation), weakref.ref(generation.ids), weakref.ref(generation.model)
+    gc.disable()
+    try:
+        del generation
+        assert [ref() for ref in seen] == [None] * 3
+    finally:
+        gc.enable()
+
+
+def test_compiled_texts_share_one_cache_and_few_compilations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty batches of three texts, each of other lengths, and one text: as uncompiled, by code compiled thrice."""
+    model = network(replace(SMALL, block_size=64, n_layer=1))
+    compilations, addresses = [], set()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Any:
+        compilations.append(graph)
+        return graph.forward
+
+    compile = functools.partial(torch.compile, backend=backend)
+    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: compile(function, **options))
+    compiled_decode.cache_clear()
+    torch._dynamo.reset()
+    for n in range(21):
+        prompts = [[(n * i + 7) % 41 for i in range(n + 1 + 2 * row)] for row in range(3 if n < 20 else 1)]
+        written = write(Generation(model, prompts, 5 + n, seed=n, compile=True), 5 + n)
+        assert written == write(Generation(model, prompts, 5 + n, seed=n), 5 + n)
+        addresses.add(IDLE_CACHES[model].k.data_ptr())
+    compiled_decode.cache_clear()
+    assert len(compilations) == 3 and len(addresses) <= 3 and IDLE_CACHES[model].k.shape[1:4] == (4, 2, 64)
+    one = Generation(model, [[1]], 3, compile=True)
+    assert one.cache.k.data_ptr() in addresses
+    assert Generation(model, [[1]], 3, compile=True).cache is not one.cache, "which is in use"
+
+
+def test_sampling_leaves_out_the_attention_that_plans_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    hidden = GPT.hidden
+    watched = lambda *args: (seen.append(torch.backends.cuda.cudnn_sdp_enabled()), hidden(*args))[1]  # noqa: E731
+    monkeypatch.setattr(GPT, "hidden", watched)
+    write(Generation(network(SMALL), [[1, 2, 3]], 12), 12)
+    assert len(seen) == 14 and not any(seen) and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 # Weight layouts
@@ -648,6 +701,15 @@ def test_int8_logits_are_close_to_exact_ones(tied: bool) -> None:
         [model(idx[:, :20], cache=cache)[0], *(model(idx[:, t : t + 1], cache=cache)[0] for t in range(20, 32))], 1
     )
     torch.testing.assert_close(cached, rounded, rtol=1e-4, atol=1e-4)
+
+
+def test_int8_is_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There each weight would be unpacked for each token, which is slower than bfloat16."""
+    model = network(SMALL)
+    monkeypatch.setattr(Tensor, "device", torch.device("cuda"))
+    with pytest.raises(UserError, match="int8 is for CPUs"):
+        prepare(model, int8=True)
+    assert prepare(model) is model
 
 
 @torch.no_grad()

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from gpt2_scratch.optim import learning_rate_at, load_optimizer, make_optimizer, orthogonalize, parameter_groups
+from gpt2_scratch.optim import (
+    learning_rate_at,
+    load_optimizer,
+    make_optimizer,
+    memory_of,
+    orthogonalize,
+    parameter_groups,
+)
 from model import GPT, GPTConfig
 
 QUICK = settings(max_examples=50)
@@ -194,3 +201,15 @@ def test_optimizer_steps_are_those_of_the_paper() -> None:
                 corrected = mean / (1 - beta1 ** (step + 1)), square / (1 - beta2 ** (step + 1))
                 value -= rate * corrected[0] / (math.sqrt(corrected[1]) + eps)
             assert parameter.detach().flatten()[i].item() == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_memory_said_before_the_first_step_is_what_the_step_takes(kind: str) -> None:
+    model = GPT(GPTConfig(block_size=8, vocab_size=40, n_layer=2, n_head=2, n_embd=16))
+    optimizer = make_optimizer(model, kind, 1e-3, 0.1, 0.9, 0.95)
+    said = memory_of(optimizer)
+    idx = torch.zeros(1, 8, dtype=torch.int64)
+    model(idx, idx)[1].backward()
+    optimizer.step()
+    kept = sum(value.nbytes for state in optimizer.state.values() for value in state.values() if value.dim())
+    assert said == (sum(p.nbytes for p in model.parameters()), kept)

@@ -454,7 +454,9 @@ def test_figures_go_to_the_project_named(workplace: Path, monkeypatch: pytest.Mo
     assert not calls
 
 
-def test_speed_is_that_of_training_alone(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_speed_is_that_of_training_alone(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """On a clock that a micro-step takes on by one second, and evaluations and checkpoints by hours."""
     now = [0.0]
     clock = types.SimpleNamespace(**{**vars(time), "perf_counter": lambda: now[0]})
@@ -474,6 +476,9 @@ def test_speed_is_that_of_training_alone(workplace: Path, monkeypatch: pytest.Mo
         run(max_steps=7, eval_interval=1, checkpoint_interval=3, log_interval=2)
     # Two micro-steps of 32 tokens a step.
     assert curve("run", "tokens_per_sec") == pytest.approx([32.0] * 4)
+    said = capsys.readouterr().out
+    assert "64 tokens a step" in said and said.count("tokens/s") == 1
+    assert "32 tokens/s; the other 3 steps take 0:00:06 at that" in said
 
 
 # The machine.

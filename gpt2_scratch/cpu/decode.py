@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2_scratch.cli import UserError
 from gpt2_scratch.device import keep_freed_memory
 from model import GPT, Block, CacheView
 
@@ -194,8 +195,13 @@ def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
         int8: quantise the weights of all linear layers. Otherwise only the layout changes, for bfloat16 on a CPU that
             has a faster one.
         compile: the steps will be compiled; torch.compile chooses layouts itself.
+
+    Raises:
+        UserError: int8 on CUDA, where no kernel here reads it: weights would be unpacked for every token.
     """
     weight = model.wte.weight
+    if int8 and weight.device.type == "cuda":
+        raise UserError("int8 is for CPUs and slower than bfloat16 on CUDA; leave the dtype out, or add --device cpu")
     eager = weight.device.type == "cpu" and not compile
     fast = eager and (int8 or weight.dtype == torch.bfloat16) and kernels() is not None
     packed = eager and not int8 and weight.dtype == torch.bfloat16 and can_pack()
