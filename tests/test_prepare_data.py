@@ -449,8 +449,8 @@ def test_it_goes_on_from_the_last_save_and_tokenizes_only_the_rest(
     encoded: list[str] = []
     encode = prepare_data.encode
 
-    def watched(pieces: list[tuple[str, bool, bool]], name: str) -> prepare_data.Ids:
-        encoded.extend(text[:2] for text, _, _ in pieces)
+    def watched(pieces: list[Piece], name: str) -> prepare_data.Ids:
+        encoded.extend(piece.text[:2] for piece in pieces)
         return encode(pieces, name)
 
     monkeypatch.setattr(prepare_data, "encode", watched)
