@@ -585,7 +585,7 @@ def _load_weights(model: GPT, files: list[Path], dtype: torch.dtype | None, devi
         if not tensor.is_floating_point():
             raise ModelError(f"{name} has dtype {tensor.dtype}, which is not a floating-point type")
         dtype = dtype or tensor.dtype
-        parameter = torch.zeros_like(parameters[own], dtype=dtype, device=device)
+        parameter = torch.zeros(parameters[own].shape, dtype=dtype, device=device)
         _to_hf(own, parameter, config)[1].copy_(tensor)  # into a view of it in the file's layout
         if own in loaded and not torch.equal(loaded[own], parameter):
             raise ModelError(f"{name} differs from another tensor for {own} (tied, or stored twice)")
