@@ -279,7 +279,13 @@ def test_safetensors_come_before_a_pickle(tmp_path: Path, published: Path, state
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 @pytest.mark.parametrize("old_norms", [True, False])
 def test_old_spellings_and_stored_masks(
-    file: str, prefix: str, old_norms: bool, tmp_path: Path, published: Path, state: dict[str, Tensor]
+    file: str,
+    prefix: str,
+    old_norms: bool,
+    tmp_path: Path,
+    published: Path,
+    state: dict[str, Tensor],
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """The hub's gpt2 has neither prefix nor head but masks; conversions from TensorFlow say gamma and beta."""
     old = {}
@@ -296,6 +302,7 @@ def test_old_spellings_and_stored_masks(
     if file == "pytorch_model.bin":
         torch.save(old, tmp_path / file)
     assert same_weights(tmp_path, published)
+    assert "left out" not in capsys.readouterr().err
 
 
 def test_stored_position_ids_of_gpt1_are_ignored(tmp_path: Path) -> None:
