@@ -27,7 +27,7 @@ CLIENTS = {
     "transformers4": ["transformers==4.57.*"],
     "ctranslate2": ["ctranslate2", "transformers<5"],
     "onnx": ["optimum-onnx[onnxruntime]"],
-    "lm_eval": ["lm_eval"],
+    "lm_eval": ["lm_eval[hf]"],
     "xllamacpp": ["xllamacpp", "gguf", "safetensors"],
 }
 TEXTS = ["Hello, I'm a language model,", "naïve café — 日本語 🙂", " two  spaces\n\nand lines\tand 1234!"]
