@@ -312,11 +312,7 @@ def prepare(
     vocab = [name if name != TOKENIZER_FILE else vocabulary, tokenizer.n_vocab]
     recipe = json.dumps([text.origin, text.text_column, *vocab, val_share, max_tokens, dedup, shard_tokens])
     progress, train, val = resume(partial, Progress(recipe, text.file_stats), tokenizer.n_vocab, shard_tokens)
-    width = 2 if tokenizer.n_vocab <= 2**16 else 4
-    expected_tokens = max_tokens or text.expected_tokens
-    missing = width * (expected_tokens - progress.train_tokens) - shutil.disk_usage(partial).free
-    if missing > 0:
-        raise UserError(f"{folder} needs about {missing / 1e9:.1f} GB more disk space for {expected_tokens:,} tokens")
+    check_space(folder, (max_tokens or text.expected_tokens) - progress.train_tokens, tokenizer.n_vocab)
 
     def budget() -> float:
         """Training tokens to write. Until a document is held out, include those that the end may have to give up."""
@@ -364,6 +360,13 @@ def prepare(
         f"{counts['documents']:,} documents ({counts['duplicates']:,} duplicates {'dropped' if dedup else 'kept'}, "
         f"{counts['empty']:,} empty), {counts['bytes_per_token']} bytes per token"
     )
+
+
+def check_space(folder: Path, tokens: int, n_vocab: int) -> None:
+    """Raises UserError: the disk has no room for so many tokens."""
+    missing = tokens * (2 if n_vocab <= 2**16 else 4) - shutil.disk_usage(folder.parent).free
+    if missing > 0:
+        raise UserError(f"{folder} needs about {missing / 1e9:.1f} GB more disk space for {tokens:,} tokens")
 
 
 def resume(
