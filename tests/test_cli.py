@@ -1,5 +1,7 @@
 """What the scripts do with whatever standard streams, numbers and errors they are given."""
 
+import argparse
+import importlib
 import json
 import os
 import re
@@ -307,3 +309,39 @@ def test_pictures_of_too_many(model: Path, parse: Callable, tmp_path: Path) -> N
         with pytest.raises(SystemExit, match=message):
             run_script(lambda more=more: visualize.visualize(parse(visualize, *flags, *more)))
     assert not (tmp_path / "figures").exists()
+
+
+class Parsed(Exception):
+    """Instead of parsing the command line."""
+
+
+@pytest.mark.parametrize(
+    ("script", "parse"),
+    [
+        ("bench", "parse_args"),
+        ("eval", "parse_args"),
+        ("prepare_data", "parse_arguments"),
+        ("sample", "parse_args"),
+        ("visualize", "parse_args"),
+    ],
+)
+def test_every_flag_of_the_scripts_occurs_in_a_test(script: str, parse: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag cannot come without its test. (tests/test_settings.py says the same of train.py's settings.)"""
+    parsers: list[argparse.ArgumentParser] = []
+
+    def parse_args(parser: argparse.ArgumentParser) -> argparse.Namespace:
+        parsers.append(parser)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    with pytest.raises(Parsed):
+        getattr(importlib.import_module(script), parse)()
+    for parser in parsers:  # with those of the commands, as they are found
+        commands = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        parsers.extend(command for choices in commands for command in choices.values())
+    flags = {flag for parser in parsers for flag in parser._option_string_actions if flag.startswith("--")}
+    tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    names = {flag.replace("--no-", "--") for flag in flags - {"--help"}}
+    untested = sorted(flag for flag in names if not re.search(rf"{flag}\b", tests))
+    assert not untested
+    assert len(flags) > 5
