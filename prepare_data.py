@@ -163,7 +163,7 @@ def train_tokenizer(text: "Text", n_vocab: int, val_share: float, directory: str
         chosen = False
         for piece in tqdm(text.pieces, desc="sampling text for the tokenizer", unit=" pieces", dynamic_ncols=True):
             if piece.begins:
-                where = hash_share(hash_of(piece.text))
+                where = hash_share(hash_of(piece.text.encode("utf-8", "surrogatepass")))
                 chosen = not piece.held_out and val_share <= where < val_share + share * (1 - val_share)
             if chosen:
                 chars += len(piece.text)
@@ -432,7 +432,7 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
             if piece.ends and not piece.text.strip():
                 counts["empty"] += 1
                 continue
-            digest = hash_of(piece.text)
+            digest = hash_of(content)
             is_new = not piece.ends or seen.execute("insert or ignore into seen values (?)", (digest,)).rowcount
             counts["duplicates"] += not is_new
             if dedup and not is_new:
@@ -450,8 +450,8 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
     seen.close()
 
 
-def hash_of(text: str) -> bytes:
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def hash_of(text: bytes) -> bytes:
+    return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def hash_share(digest: bytes) -> float:
