@@ -61,7 +61,8 @@ def parse_arguments() -> argparse.Namespace:
         sub = sources.add_parser(name, help=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.add_argument("--name", help="folder under data/; if not set, SOURCE or SOURCE-TOKENIZER")
         # The options' defaults too: argparse looks them up here.
-        sub.set_defaults(tokenizer=tokenizer, default_tokenizer=tokenizer, text_column="text", **defaults)
+        sub.set_defaults(tokenizer=tokenizer, default_tokenizer=tokenizer, train_tokenizer=None, **defaults)
+        sub.set_defaults(text_column="text")
         if name == "shards":
             return sub
         sub.add_argument("--tokenizer", help="bytes, gpt2, another name in tiktoken, or a folder")
@@ -97,7 +98,7 @@ def parse_arguments() -> argparse.Namespace:
     shards = source("shards", "ready-made shards of GPT-2 tokens in llm.c's format, used as they are")
     shards.add_argument("place", metavar="FOLDER_OR_DATASET", help="a folder, or a dataset on the Hugging Face hub")
     args = parser.parse_args()
-    if args.source != "shards" and args.train_tokenizer and args.tokenizer != args.default_tokenizer:
+    if args.train_tokenizer and args.tokenizer != args.default_tokenizer:
         parser.error("--train_tokenizer makes a tokenizer; leave out --tokenizer")
     return args
 
@@ -114,7 +115,7 @@ def amount(text: str) -> int:
 def main(args: argparse.Namespace) -> None:
     """Prepare the data that the command line asks for."""
     suffix = f"-{Path(args.tokenizer).name}" if args.tokenizer != args.default_tokenizer else ""
-    if args.source != "shards" and args.train_tokenizer:
+    if args.train_tokenizer:
         suffix = f"-bpe{args.train_tokenizer}"
     folder = new_folder(args.source + suffix if args.name is None else args.name)
     if args.source == "shards":

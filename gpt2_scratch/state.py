@@ -68,7 +68,8 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
             f"meta.json of {cfg.data} has vocab_size {meta['vocab_size']}, its tokenizer {meta['tokenizer']} "
             f"{tokenizer.n_vocab}; make the data again with prepare_data.py"
         )
-    if meta.get("vocabulary_sha256", vocabulary := tokenizer.fingerprint()) != vocabulary:
+    vocabulary = tokenizer.fingerprint()
+    if meta.setdefault("vocabulary_sha256", vocabulary) != vocabulary:  # older preparations lack it
         raise UserError(f"the tokenizer of {cfg.data} was replaced; make the data again with prepare_data.py")
     data_fingerprint = fingerprint(meta)
     saved: dict[str, Any] = {}
