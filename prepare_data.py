@@ -137,7 +137,8 @@ def main(args: argparse.Namespace) -> None:
         run_exclusively(folder, None, train_and_prepare)
         return
     tokenizer = load_tokenizer(args.tokenizer)
-    about = {"source": text.origin, "tokenizer": recorded_name(tokenizer)}
+    # Two tokenizers from folders are both recorded as tokenizer.json.
+    about = {"source": text.origin, "tokenizer": recorded_name(tokenizer), "vocabulary_sha256": tokenizer.fingerprint()}
     run_exclusively(folder, about if repeatable else None, functools.partial(prepare, folder, tokenizer, text, **how))
 
 
@@ -570,7 +571,7 @@ def take_shards(place: str, folder: Path) -> None:
                     shutil.copyfile(path, target)
                 shards[split].append({"file": target.name, "tokens": len(ids), "sha256": file_sha256(target)})
                 bar.update()
-    about = {"tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab, "vocabulary_sha256": tokenizer.fingerprint()}
+    about = {"tokenizer": "gpt2", "vocab_size": tokenizer.n_vocab}
     publish(partial, folder, about | {"source": place, "shards": shards})
 
 

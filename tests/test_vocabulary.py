@@ -215,6 +215,33 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_named(
     run("prepare_data", "text", "mine.jsonl", "--tokenizer", "gpt2", "--name", "mine")
 
 
+def test_data_that_another_process_made_with_another_vocabulary_is_not_taken(
+    reordered: Path, metaspace: Path, tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both vocabularies are from folders, and recorded under one name."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("hello world, this is a test " * 40)
+    command = ["prepare_data", "text", "text.txt", "--name", "mine", "--tokenizer"]
+    original = prepare_data.FileLock
+
+    class Held(original):
+        """Another process holds the lock, and has made the data by the time it gives it up."""
+
+        def acquire(self, timeout: float | None = None, **_: object) -> object:
+            if timeout == 0:
+                raise prepare_data.Timeout(str(self.lock_file))
+            with monkeypatch.context() as patch:
+                patch.setattr(prepare_data, "FileLock", original)
+                run(*command, metaspace)
+            return super().acquire()
+
+    monkeypatch.setattr(prepare_data, "FileLock", Held)
+    run(*command, metaspace)  # the same vocabulary: taken as it is
+    shutil.rmtree("data/mine")
+    with pytest.raises(UserError, match="data/mine already exists"):
+        run(*command, reordered)
+
+
 def test_standard_input_cannot_train_a_tokenizer(
     run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
