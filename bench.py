@@ -416,7 +416,7 @@ def reported(command: list[str], report: Callable[[str], None], seconds_left: fl
         timer.cancel()
     if status == -signal.SIGKILL:
         return "The time was up."
-    return "" if status == 0 else "It failed, as by a lack of memory; the terminal shows why."
+    return "" if status == 0 else "It failed, perhaps out of memory; the terminal shows why."
 
 
 def device_table(device: torch.device) -> Iterator[str]:

@@ -175,7 +175,8 @@ def train_tokenizer(text: "Text", n_vocab: int, val_share: float, directory: str
 
     tokenizer = train_bpe(sample(), n_vocab)
     tokenizer.save_pretrained(directory)
-    print(f"trained a vocabulary of {tokenizer.n_vocab:,} ids on {chars:,} characters, {share:.0%} of the documents")
+    size = f"{chars:,} characters, {share:.0%} of the training documents"
+    print(f"trained a vocabulary of {tokenizer.n_vocab:,} ids on {size}")
     return {"tokenizer_sample": {"characters": chars, "share": round(share, 6)}}
 
 

@@ -80,8 +80,8 @@ def train(cfg: TrainConfig) -> None:
         weights, moments = (n / 2**30 for n in memory_of(state.optimizer))
         print0(
             rt,
-            f"{state.tokens_per_step:,} tokens a step; each process holds {weights:.2f} GiB of weights, as much of "
-            f"gradients, {moments:.2f} GiB of optimizer state, and the activations of a micro-step",
+            f"{state.tokens_per_step:,} tokens a step; each process holds {weights:.2f} GiB of weights, the same again "
+            f"for gradients, {moments:.2f} GiB of optimizer state, and the activations of a micro-step",
         )
         signum = training_loop(cfg, state, run, log, writer, rt)
         if writer and signum:

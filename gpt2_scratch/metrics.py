@@ -153,4 +153,4 @@ class Speed:
         rate, mfu = measured["tokens_per_sec"], measured.get("mfu")
         left = timedelta(seconds=round(steps * self.tokens_per_step / rate))
         share = "" if mfu is None else f", {mfu:.1%} of the peak FLOP/s (MFU)"
-        return f"{rate:,.0f} tokens/s{share}; the other {steps:,} steps take {left} at that, evaluations aside"
+        return f"{rate:,.0f} tokens/s{share}; the remaining {steps:,} steps take {left} at this speed, plus evaluations"

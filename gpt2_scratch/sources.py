@@ -133,7 +133,7 @@ def find_files(paths: list[str]) -> list[str]:
     kinds = Counter("".join(split_name(file)) or "without suffix" for file in left_out if file.resolve() not in found)
     if kinds:
         counted = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items(), key=lambda item: (-item[1], item[0])))
-        print(f"left out: {counted} (not text that this reads)", file=sys.stderr)
+        print(f"left out: {counted} (unsupported formats)", file=sys.stderr)
     return list(found.values())
 
 

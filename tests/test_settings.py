@@ -478,7 +478,7 @@ def test_speed_is_that_of_training_alone(
     assert curve("run", "tokens_per_sec") == pytest.approx([32.0] * 4)
     said = capsys.readouterr().out
     assert "64 tokens a step" in said and said.count("tokens/s") == 1
-    assert "32 tokens/s; the other 3 steps take 0:00:06 at that" in said
+    assert "32 tokens/s; the remaining 3 steps take 0:00:06 at this speed" in said
 
 
 # The machine.

@@ -528,7 +528,7 @@ def test_what_folders_hold_in_other_formats_is_counted(tmp_path: Path, capsys: p
     found = find_files([str(tmp_path / "in"), str(tmp_path / "in" / "README")])
     assert [Path(name).name for name in found] == ["a.txt", "c.txt", "README"]
     assert capsys.readouterr().err == (
-        "left out: 3 .pdf, 2 without suffix, 1 .dir, 1 .docx, 1 .tar.gz, 1 .txt (not text that this reads)\n"
+        "left out: 3 .pdf, 2 without suffix, 1 .dir, 1 .docx, 1 .tar.gz, 1 .txt (unsupported formats)\n"
     )
     find_files([str(tmp_path / "in" / "d" / ".." / "a.txt"), str(tmp_path / "in" / "b" / "c.txt")])
     assert capsys.readouterr().err == ""
