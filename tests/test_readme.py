@@ -26,7 +26,7 @@ NOT_RUN = {
     "python prepare_data.py fineweb-edu": HUB,
     "python train.py configs/gpt2_124m.toml": GPU,
     "torchrun --standalone --nproc_per_node=8 train.py configs/gpt2_124m.toml": GPU,
-    "python train.py configs/gpt2_124m.toml --data data/shakespeare-gpt2 --run_name try": GPU,
+    "python train.py configs/gpt2_124m.toml --data data/shakespeare-gpt2 --run_name try --batch_size 8": GPU,
     "python train.py configs/finetune_shakespeare.toml": HUB,
     'python sample.py --model gpt2 --prompt "Hello, I\'m a language model,"': HUB,
     "python eval.py gpt2 --tasks wikitext2 wikitext103 lambada hellaswag hellaswag_harness": HUB,
