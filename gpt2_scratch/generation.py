@@ -1,4 +1,4 @@
-"""Text generation for many rows at once: prompts of different lengths, a seed per row, compiled steps.
+"""Text generation for many rows at once: prompts of different lengths, a seed per row, compiled or recorded steps.
 
 `GPT.generate` is the same in twenty lines, for rows of equal length; tests/test_generation.py holds the two equal.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from gpt2_scratch.device import attention_of_varying_shapes
 from model import GPT, CacheView, GPTConfig, KVCache, sample_token, uniform_draws
 
-# One static cache for each model, for the next compiled texts: compiled code and CUDA graphs are tied to its address.
+# One static cache for each model, for the next texts: compiled code is tied to its shape, a CUDA graph to its address.
 IDLE_CACHES: WeakKeyDictionary[GPT, "RaggedCache"] = WeakKeyDictionary()
 
 
@@ -25,12 +25,13 @@ class RaggedCache(KVCache):
 
     Args:
         static: always attend over the whole buffer, masked, so that every step has the same shapes and can be
-            compiled. Otherwise attend only over the part in use.
+            compiled, or recorded as a CUDA graph. Otherwise attend only over the part in use.
 
     Attributes:
         length: tokens in each row, int64 (B,), on the device.
         kv_len: tokens in the longest row, known without a device sync; stays 0 if static.
         even: whether all rows have the same length.
+        recorded: the newest `RecordedDecode` over this cache, and what it was recorded with.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class RaggedCache(KVCache):
         self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.even = True
         self.static = static
+        self.recorded: tuple[tuple, RecordedDecode] | None = None
 
     def view(self, T: int) -> CacheView:
         if self.even and not self.static:
@@ -97,16 +99,59 @@ def decode(
 
 
 @functools.cache
-def compiled_decode(device_type: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`decode` compiled, with CUDA graphs on CUDA; once for each size of cache."""
-    return torch.compile(decode, mode="reduce-overhead" if device_type == "cuda" else "default", dynamic=False)
+def compiled_decode() -> Callable[..., tuple[Tensor, Tensor]]:
+    """`decode` compiled; once for each size of cache."""
+    return torch.compile(decode, dynamic=False)
+
+
+class RecordedDecode:
+    """A step over a static cache as a CUDA graph, which the host launches whole instead of 200 kernels one by one.
+
+    A graph holds addresses, so the weights and the cache must stay where they are.
+
+    Args:
+        step: `decode` or `compiled_decode()`, with its model, cache and sampling settings. It runs once on an empty
+            cache, so that nothing is compiled or loaded while recording; set the cache's lengths afterwards.
+        batch_size: rows of the cache.
+    """
+
+    def __init__(self, step: Callable[..., tuple[Tensor, Tensor]], batch_size: int, device: torch.device):
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.draw = torch.zeros(batch_size, dtype=torch.float64, device=device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            stream = torch.cuda.Stream()  # memory of the warm-up belongs to a stream of its own, as CUDA asks
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(self.tokens, self.draw)
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(self.graph):
+                self.outputs = step(self.tokens, self.draw)
+
+    def __call__(self, tokens: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+        """As `decode`; the next call overwrites what this one returns."""
+        self.tokens.copy_(tokens)
+        self.draw.copy_(draw)
+        self.graph.replay()
+        return self.outputs
+
+
+def recorded(step: functools.partial[tuple[Tensor, Tensor]], cache: RaggedCache) -> RecordedDecode:
+    """`step` recorded over `cache`: the cache's recording if it is of the same step and weights, else a new one."""
+    key = (step.func, *step.keywords.items(), *(weight.data_ptr() for weight in step.args[0].parameters()))
+    if cache.recorded is None or cache.recorded[0] != key:
+        cache.recorded = None  # frees its memory first
+        rows = cache.k.shape[1]
+        cache.set_length([0] * rows)
+        cache.recorded = key, RecordedDecode(step, rows, cache.k.device)
+    return cache.recorded[1]
 
 
 def take_static_cache(model: GPT, batch_size: int, max_len: int, owner: object) -> RaggedCache:
-    """A static cache of at least this size, to be compiled with; the model's idle one if that is large enough.
+    """A static cache of at least this size; the model's idle one if that is large enough.
 
-    Sizes are few, so that texts of any length share compiled code: a power of two of rows, and a quarter, half or all
-    of the context. A larger cache replaces a smaller one.
+    Sizes are few, so that texts of any length share compiled code and recordings: a power of two of rows, and a
+    quarter, half or all of the context. A larger cache replaces a smaller one.
 
     Args:
         owner: when it goes, the cache is kept for the next.
@@ -122,8 +167,6 @@ def take_static_cache(model: GPT, batch_size: int, max_len: int, owner: object) 
         lengths = (-(-block_size // 4), -(-block_size // 2), block_size)
         positions = max(positions, next(length for length in lengths if length >= max_len))
         idle = RaggedCache(model.config, rows, positions, weight.dtype, weight.device, static=True)
-        for buffer in (idle.k, idle.v, idle.length):
-            torch._dynamo.mark_static_address(buffer)
     finalize(owner, IDLE_CACHES.__setitem__, model, idle).atexit = False
     return idle
 
@@ -132,8 +175,8 @@ class Generation:
     """Rows of text being generated: `step` returns the next token of each live row, `end` removes rows.
 
     A row's text depends on its prompt, the settings and its seed, never on the other rows. When a row has filled the
-    context, its cache is refilled from its newest block_size // 2 tokens. Compiled steps may carry more rows than there
-    are prompts; these hold nothing that anyone reads.
+    context, its cache is refilled from its newest block_size // 2 tokens. Steps over a static cache (compiled, or on
+    CUDA) may carry more rows than there are prompts; these hold nothing that anyone reads.
 
     Args:
         model: with weights in the dtype to compute in.
@@ -142,7 +185,7 @@ class Generation:
         temperature, top_k, top_p: see `sample_token`.
         seed: together with `row_numbers` it fixes the rows' random numbers; None: different each time.
         row_numbers: distinguish rows of one seed; None: 0, 1, ...
-        compile: run the steps through torch.compile, with CUDA graphs on CUDA.
+        compile: run the steps through torch.compile.
 
     Attributes:
         live: the rows that `step` returns tokens for, as indices into `prompts`.
@@ -167,8 +210,6 @@ class Generation:
             raise ValueError("every row needs a prompt of at least one token, such as <|endoftext|>")
         self.model = model
         self.device = model.wte.weight.device
-        self.sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        self.decode = compiled_decode(self.device.type) if compile else decode
         self.live = list(range(len(prompts)))
         self.slots = list(self.live)  # indices of the live rows in the tensors below
 
@@ -176,10 +217,13 @@ class Generation:
         prompts = [prompt[-block_size:] for prompt in prompts]
         longest = max(len(prompt) for prompt in prompts)
         max_len = min(longest + max_new_tokens, block_size)
-        if compile:
+        sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if compile or self.device.type == "cuda":
             self.cache = take_static_cache(model, len(prompts), max_len, owner=self)
         else:
             self.cache = RaggedCache(model.config, len(prompts), max_len, model.wte.weight.dtype, self.device)
+        step = functools.partial(compiled_decode() if compile else decode, model, self.cache, **sampling)
+        self.decode = recorded(step, self.cache) if self.device.type == "cuda" else step
         numbers = list(self.live if row_numbers is None else row_numbers)
         spare = self.cache.k.shape[1] - len(prompts)
         prompts, numbers = prompts + [[0]] * spare, numbers + [0] * spare
@@ -211,7 +255,7 @@ class Generation:
 
     @torch.inference_mode()
     def end(self, rows: set[int]) -> None:
-        """Remove rows. They cost nothing from here on, except in compiled steps, whose shapes are fixed."""
+        """Remove rows. They cost nothing from here on, except over a static cache, where shapes are fixed."""
         staying = [i for i, row in enumerate(self.live) if row not in rows]
         self.live = [self.live[i] for i in staying]
         self.slots = [self.slots[i] for i in staying]
@@ -232,10 +276,8 @@ class Generation:
         block_size = self.model.config.block_size
         if full := [i for i, cached in enumerate(self.cached) if cached == block_size]:
             self._fill(full, [block_size // 2] * len(full))
-        if self.cache.static and self.device.type == "cuda":
-            torch.compiler.cudagraph_mark_step_begin()
-        tokens, logprobs = self.decode(self.model, self.cache, tokens, self.draws[self.steps], **self.sampling)
-        if self.cache.static:  # a CUDA graph's next run overwrites its outputs
+        tokens, logprobs = self.decode(tokens, self.draws[self.steps])
+        if self.device.type == "cuda":  # the next replay overwrites its outputs
             tokens, logprobs = tokens.clone(), logprobs.clone()
         self.steps += 1
         self.cached = [cached + 1 for cached in self.cached]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2_scratch import generation
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.cpu import decode
 from gpt2_scratch.cpu.decode import (
@@ -28,7 +29,7 @@ from gpt2_scratch.cpu.decode import (
     prepare,
     round_to_int8,
 )
-from gpt2_scratch.generation import IDLE_CACHES, Generation, RaggedCache, compiled_decode
+from gpt2_scratch.generation import IDLE_CACHES, Generation, RaggedCache, compiled_decode, recorded
 from model import GPT, CacheView, GPTConfig, KVCache, sample_token
 
 SMALL = GPTConfig(block_size=12, vocab_size=41, n_layer=2, n_head=2, n_embd=8, initializer_range=0.5)
@@ -323,7 +324,7 @@ def test_compiled_texts_share_one_cache_and_few_compilations(monkeypatch: pytest
         return graph.forward
 
     compile = functools.partial(torch.compile, backend=backend)
-    monkeypatch.setattr(torch, "compile", lambda function, mode, **options: compile(function, **options))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, **options))
     compiled_decode.cache_clear()
     torch._dynamo.reset()
     for n in range(21):
@@ -336,6 +337,22 @@ def test_compiled_texts_share_one_cache_and_few_compilations(monkeypatch: pytest
     one = Generation(model, [[1]], 3, compile=True)
     assert one.cache.k.data_ptr() in addresses
     assert Generation(model, [[1]], 3, compile=True).cache is not one.cache, "which is in use"
+
+
+def test_a_step_is_recorded_again_only_for_other_settings_or_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph reads the addresses it was recorded with. Recording itself: tests/test_gpu.py."""
+    monkeypatch.setattr(generation, "RecordedDecode", lambda step, rows, device: (step, rows))
+    model = network(SMALL)
+    cache = RaggedCache(SMALL, 2, 8, torch.float64, static=True)
+    greedy = functools.partial(generation.decode, model, cache, temperature=0)
+    first = recorded(greedy, cache)
+    assert recorded(functools.partial(generation.decode, model, cache, temperature=0), cache) is first
+    assert first == (greedy, 2) and cache.length.tolist() == [0, 0]
+    warmer = functools.partial(generation.decode, model, cache, temperature=1)
+    assert recorded(warmer, cache) == (warmer, 2)
+    second = recorded(warmer, cache)
+    model.wpe.weight.data = model.wpe.weight.data.clone()
+    assert recorded(warmer, cache) is not second
 
 
 def test_sampling_leaves_out_the_attention_that_plans_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from gpt2_scratch.checkpoint import checkpoints, load_state
 from gpt2_scratch.config import TrainConfig, parse_config
 from gpt2_scratch.device import autocast_to
 from gpt2_scratch.distributed import Runtime
-from gpt2_scratch.generation import Generation
+from gpt2_scratch.generation import Generation, RecordedDecode
 from gpt2_scratch.metrics import MetricsLog
 from gpt2_scratch.optim import make_optimizer
 from gpt2_scratch.parallel import Loss, warm_up, wrap
@@ -299,14 +299,18 @@ def test_text_past_the_context_equals_that_of_a_cpu(compile: bool) -> None:
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_memory_stays_flat_over_twenty_texts(compile: bool) -> None:
+def test_memory_stays_flat_over_twenty_texts(compile: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And two sizes of cache are recorded as CUDA graphs, once each."""
+    recordings = []
+    record = RecordedDecode.__init__
+    monkeypatch.setattr(RecordedDecode, "__init__", lambda *args: (recordings.append(1), record(*args))[1])
     model = GPT(replace(SMALL, block_size=256)).eval().to(DEVICE)
     torch._dynamo.utils.counters.clear()
     used = []
     for n in range(20):
         write(Generation(model, [[1] * (1 + 8 * n), [2]], 40, seed=n, compile=compile), 40)
         used.append(torch.cuda.memory_allocated())
-    assert torch._dynamo.utils.counters["frames"]["ok"] <= 3 * compile
+    assert torch._dynamo.utils.counters["frames"]["ok"] <= 3 * compile and len(recordings) == 2
     assert max(used[-6:]) <= used[-7] + 2**20
 
 
