@@ -35,9 +35,10 @@ from gpt2_scratch.cli import UserError, count, run_script
 from gpt2_scratch.config import TrainConfig, parse_config
 from gpt2_scratch.cpu.decode import prepare
 from gpt2_scratch.dataset import TokenDataset, read_meta, training_batches, write_shards
-from gpt2_scratch.device import describe, peak_flops, pick_device, pick_dtype
+from gpt2_scratch.device import describe, peak_flops, pick_device
 from gpt2_scratch.generation import Generation
 from gpt2_scratch.metrics import MetricsLog
+from gpt2_scratch.precision import pick_dtype
 from gpt2_scratch.sources import plays
 from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -170,6 +171,9 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
 
     os.chdir(folder)
     shutil.rmtree("out", ignore_errors=True)
+    gpt, device = shape(cfg, read_meta(cfg.data)["vocab_size"]), pick_device(cfg.device)
+    dtype, _ = pick_dtype(cfg.dtype, device, gpt, 1 if cfg.batch_size == "auto" else int(cfg.batch_size))
+    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
     lines: list[tuple[float, dict]] = []
     profiler = torch.profiler.profile() if trace else None
     write = MetricsLog.write
@@ -190,16 +194,16 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
     with contextlib.suppress(Measured), contextlib.redirect_stdout(sys.stderr):
         train.train(cfg)
     rates = [metrics["tokens_per_sec"] for _, metrics in lines[1:]]
-    rate, device = statistics.median(rates), pick_device(cfg.device)
+    rate = statistics.median(rates)
     with torch.device("meta"):
-        flops = GPT(shape(cfg, read_meta(cfg.data)["vocab_size"])).flops_per_token()
+        flops = GPT(gpt).flops_per_token()
     peak = peak_flops(device)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
     return {
         "rate": rate,
         "slowest": min(rates),
         "mfu": peak and rate * flops / peak,
-        "of_matmul": rate * flops / matmul_flops(device, pick_dtype(cfg.dtype, device)),
+        "of_matmul": rate * flops / matmul_flops(device, dtype),
         "memory": memory / 2**30,
         "start": lines[0][0] - begin - cfg.log_interval * cfg.total_batch_size / rate,
     }
@@ -316,14 +320,16 @@ def bench_sample(args: argparse.Namespace) -> None:
     )
     print("| batch | program | dtype | start s | tokens/s | per row | weights GB/s | of bandwidth |\n|" + "---|" * 8)
     sizes: dict[str, Any] = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[args.model]))
+    config = GPTConfig(**sizes)
+    auto = pick_dtype("auto", device, config)[0]
     contenders: dict[tuple[str, str], tuple[Callable, int]] = {}  # by program and dtype; with the bytes of weights
     for name in args.dtypes:
         int8 = name == "int8"
-        dtype = pick_dtype("auto" if int8 else name, device, training=False)
-        model = prepare(GPT(GPTConfig(**sizes)).eval().to(device, dtype), int8, args.compile)
+        dtype = auto if int8 or name == "auto" else getattr(torch, name)
+        model = prepare(GPT(config).eval().to(device, dtype), int8, args.compile)
         key = ("gpt2-scratch", "int8" if int8 else str(dtype).removeprefix("torch."))
         contenders[key] = partial(ours, model, args.new_tokens, args.compile), weight_bytes(model)
-    for dtype in dict.fromkeys([torch.float32, pick_dtype("auto", device, training=False)]):
+    for dtype in dict.fromkeys([torch.float32, auto]):
         model = GPT2LMHeadModel(GPT2Config(**sizes)).eval().to(device, dtype)
         key = ("transformers", str(dtype).removeprefix("torch."))
         contenders[key] = partial(theirs, model, args.new_tokens), weight_bytes(model)
@@ -421,7 +427,7 @@ def reported(command: list[str], report: Callable[[str], None], seconds_left: fl
 
 def device_table(device: torch.device) -> Iterator[str]:
     """What the device can do at best: products, reading, and attention of a micro-batch of GPT-2 124M."""
-    dtype, peak = pick_dtype("auto", device), peak_flops(device)
+    dtype, peak = pick_dtype("auto", device, GPTConfig())[0], peak_flops(device)
     yield "| | measured |\n|---|---|"
     for kind in (torch.float32, dtype):
         yield f"| product of 8192 x 8192 matrices, {kind} | {matmul_flops(device, kind) / 1e12:.1f} TFLOP/s |"

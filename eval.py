@@ -18,8 +18,9 @@ from tqdm import tqdm
 from gpt2_scratch.checkpoint import find_model, load_model_and_tokenizer
 from gpt2_scratch.cli import UserError, count, run_script
 from gpt2_scratch.dataset import open_shard, read_meta
-from gpt2_scratch.device import autocast_to, describe, pick_dtype
+from gpt2_scratch.device import autocast_to, describe
 from gpt2_scratch.distributed import Runtime, all_ranks_or_none, process_group, recorded
+from gpt2_scratch.precision import pick_dtype
 from gpt2_scratch.scoring import (
     HUB,
     Example,
@@ -164,10 +165,10 @@ def evaluate(args: argparse.Namespace, rt: Runtime) -> None:
         if rt.world_size > 1 and args.data and is_stream(args.data):
             raise UserError(f"{args.data} can be read only once, and there are {rt.world_size} processes; give a file")
         model, examples = load(args, source, rt.device)
-    dtype = pick_dtype(args.dtype, rt.device)
+    dtype, reason = pick_dtype(args.dtype, rt.device, model.config, args.batch_size, rt)
     kind = str(dtype).removeprefix("torch.")
     if rt.is_main:
-        print(f"{source} on {describe(rt.device)} in {kind}", file=sys.stderr)
+        print(f"{source} on {describe(rt.device)} in {kind}{reason and f' ({reason})'}", file=sys.stderr)
     scores = {}
     for task, found in examples.items():
         scores[task] = score(model, task, found, args.batch_size, dtype, rt)

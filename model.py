@@ -355,7 +355,7 @@ class GPT(nn.Module):
         name_or_dir: str | Path,
         *,
         revision: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Callable[[GPTConfig], torch.dtype] | None = None,
         device: Device = "cpu",
         block_size: int | None = None,
         **overrides: Any,
@@ -365,7 +365,7 @@ class GPT(nn.Module):
         Args:
             name_or_dir: a Hugging Face id of model type gpt2 or openai-gpt, or a local folder in that layout.
             revision: branch, tag or commit on the hub.
-            dtype: of the parameters; None: as stored.
+            dtype: of the parameters, or a function of the config that returns it; None: as stored.
             block_size: keep only the first positions.
             overrides: GPTConfig fields that the weights leave open: dropout (0 unless given), vocab_multiple.
 
@@ -379,6 +379,7 @@ class GPT(nn.Module):
                 raise ModelError(f"block_size {block_size} is more than its {config.block_size} positions")
             with torch.device("meta"):  # shapes without storage: each parameter is allocated when its tensor is read
                 model = cls(config)
+            dtype = cast(torch.dtype | None, dtype(config) if callable(dtype) else dtype)
             if heads := _load_weights(model, weights, dtype, device):
                 print(f"{name_or_dir}: left out what is not the language model: {', '.join(heads)}", file=sys.stderr)
             if block_size is not None:

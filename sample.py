@@ -18,11 +18,13 @@ from tqdm import tqdm
 from gpt2_scratch.checkpoint import find_model, load_model_and_tokenizer
 from gpt2_scratch.cli import UserError, as_text, count, number, run_script
 from gpt2_scratch.cpu.decode import kernels, prepare
-from gpt2_scratch.device import describe, pick_device, pick_dtype
+from gpt2_scratch.device import describe, pick_device
 from gpt2_scratch.generation import Generation
+from gpt2_scratch.precision import pick_dtype
 from gpt2_scratch.scoring import not_finite
 from gpt2_scratch.sources import read_text
 from gpt2_scratch.tokenizer import Tokenizer
+from model import GPTConfig
 
 # Compiling takes about half a minute. On CUDA it pays off for long texts; on a CPU it gains nothing.
 COMPILE_FROM_TOKENS = {"cuda": 2000, "cpu": math.inf, "mps": math.inf}
@@ -126,17 +128,23 @@ class Sampler:
         self.source = find_model(args.model)
         self.device = pick_device(args.device)
         int8 = args.dtype == "int8"
-        dtype = pick_dtype("auto" if int8 else args.dtype, self.device, training=False)
         self.compile = args.compile
         if self.compile is None:
             self.compile = args.max_new_tokens >= COMPILE_FROM_TOKENS[self.device.type]
-        with ThreadPoolExecutor(1) as pool:
+        reason = ""
+
+        def dtype_of(config: GPTConfig) -> torch.dtype:
+            nonlocal reason
+            dtype, reason = pick_dtype("auto" if int8 else args.dtype, self.device, config)
             if self.device.type == "cpu" and not self.compile and (int8 or dtype == torch.bfloat16):
                 pool.submit(kernels)  # compile them while the weights load
-            model, self.tokenizer = load_model_and_tokenizer(self.source, dtype=dtype, device=self.device)
+            return dtype
+
+        with ThreadPoolExecutor(1) as pool:
+            model, self.tokenizer = load_model_and_tokenizer(self.source, dtype=dtype_of, device=self.device)
+        self.kind = "int8" if int8 else str(model.wte.weight.dtype).removeprefix("torch.")
         self.model = prepare(model, int8, self.compile)
-        self.kind = "int8" if int8 else str(dtype).removeprefix("torch.")
-        print(f"{self.source} on {describe(self.device)} in {self.kind}", file=sys.stderr)
+        print(f"{self.source} on {describe(self.device)} in {self.kind}{reason and f' ({reason})'}", file=sys.stderr)
         self.seed = int(torch.randint(2**62, ())) if args.seed is None else args.seed
 
     def encode(self, prompt: str) -> list[int]:

@@ -21,7 +21,7 @@ from gpt2_scratch.checkpoint import CheckpointWriter
 from gpt2_scratch.cli import UserError, run_script
 from gpt2_scratch.config import TrainConfig, parse_config
 from gpt2_scratch.dataset import evaluation_batches, to_device, training_batches
-from gpt2_scratch.device import AsyncReader, attention_of_varying_shapes, describe, peak_flops, pick_dtype
+from gpt2_scratch.device import AsyncReader, attention_of_varying_shapes, describe, peak_flops
 from gpt2_scratch.distributed import (
     Runtime,
     all_gather,
@@ -52,7 +52,7 @@ def train(cfg: TrainConfig) -> None:
     """One training run, in this process or in a group of them."""
     with process_group(cfg.device, cfg.timeout) as rt, ExitStack() as locks:
         run = Path("out") / cfg.run_name
-        same_everywhere(rt, {**cfg.decisive(), "dtype as resolved": str(pick_dtype(cfg.dtype, rt.device))})
+        same_everywhere(rt, cfg.decisive())
         checkpoint = open_run(run, cfg, rt, locks)
         if cfg.resume and not checkpoint:
             print0(rt, f"{run} has no checkpoint yet: beginning at step 0")
@@ -70,10 +70,10 @@ def train(cfg: TrainConfig) -> None:
         if checkpoint:
             print0(rt, "; ".join([f"resuming from {checkpoint}", *state.changes]))
         processes = "1 process" if rt.world_size == 1 else f"{rt.world_size} processes ({cfg.parallel})"
+        kind = str(state.dtype).removeprefix("torch.") + (state.dtype_reason and f" ({state.dtype_reason})")
         print0(
             rt,
-            f"training {state.model.num_params():,} parameters on {describe(rt.device)} in "
-            f"{str(state.dtype).removeprefix('torch.')}, {processes}, "
+            f"training {state.model.num_params():,} parameters on {describe(rt.device)} in {kind}, {processes}, "
             f"{state.plan.sequences} sequences of {state.model.config.block_size} tokens a step "
             f"({state.plan.accumulation_steps} x {state.plan.batch_size} per process), {cfg.max_steps} steps",
         )
@@ -286,7 +286,8 @@ def log_step(
 def save(cfg: TrainConfig, state: TrainState, writer: CheckpointWriter | None, wait: bool) -> None:
     """Write a checkpoint, in the background unless `wait`. A collective."""
     keep = writer is not None
-    contents = {"progress": asdict(state.progress), "settings": cfg.plain(), "data": state.data_fingerprint}
+    settings = cfg.plain() | {"dtype": str(state.dtype).removeprefix("torch.")}  # a resumed run keeps what "auto" chose
+    contents = {"progress": asdict(state.progress), "settings": settings, "data": state.data_fingerprint}
     contents["optimizer"] = full_state(state.optimizer.state_dict(), keep)
     contents["scaler"] = state.scaler.state_dict()
     weights = full_state(state.model.state_dict(), keep)

@@ -134,7 +134,7 @@ class TrainConfig:
     device: Text = "auto"
     """"auto" (CUDA, MPS or CPU, the first there is), "cpu", "cuda", "cuda:1" or "mps"."""
     dtype: Annotated[str, one_of("auto", "float32", "bfloat16", "float16")] = "auto"
-    """Of matrix products; auto: the fastest that trains well on the device."""
+    """Of matrix products; auto: the fastest that trains well on the device, measured on a CPU; a run keeps it."""
     compile: Bool = True
     """Compile the model with torch.compile; where no compiler works, a warning and eager."""
     activation_checkpointing: Bool = False
@@ -180,6 +180,8 @@ class TrainConfig:
             UserError: a change would make it another run.
         """
         now = self.plain()
+        if self.dtype == "auto":  # keeps the run's
+            now["dtype"] = before.get("dtype")
         changed = [name for name in now if name in before and before[name] != now[name]]
         if fixed := [name for name in changed if name not in CHANGEABLE]:
             was, is_now = (", ".join(f"{name} {values[name]!r}" for name in fixed) for values in (before, now))
@@ -206,9 +208,9 @@ class TrainConfig:
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 # May differ between ranks: data and weights are compared by content.
 MAY_DIFFER = {"data", "init_from", "hellaswag_data", "batch_size", "device", "verify_data"}
-# May change on --resume: these don't affect the result.
+# May change on --resume: these don't affect the result, or only its rounding.
 CHANGEABLE = {
-    *("data", "run_name", "resume", "batch_size", "max_steps", "device", "compile", "parallel", "verify_data"),
+    *("data", "run_name", "resume", "batch_size", "max_steps", "device", "dtype", "compile", "parallel", "verify_data"),
     *("timeout", "max_bad_steps", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints"),
     *(
         "log_interval",

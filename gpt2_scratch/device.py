@@ -1,4 +1,4 @@
-"""Device, precision and peak speed."""
+"""Device, autocast and peak speed."""
 
 import ctypes
 import re
@@ -81,23 +81,6 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
-
-
-def pick_dtype(name: str, device: torch.device, training: bool = True) -> torch.dtype:
-    """The dtype of matrix products; "auto" is the fastest that is precise enough on the device.
-
-    CUDA: bfloat16 from compute capability 8.0 on, float16 before. CPU: bfloat16 with AMX; with AVX512-BF16 for
-    generation only, where it halves the bytes read per token: its products ran at 0.55 times the speed of float32 on
-    the one Xeon measured. Otherwise float32.
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    amx, avx = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-    if device.type == "cpu" and (amx or (avx and not training)):
-        return torch.bfloat16
-    return torch.float32
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:

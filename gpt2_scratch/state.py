@@ -12,10 +12,10 @@ from gpt2_scratch.checkpoint import load_model, load_state, step_of, warn
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.config import TrainConfig
 from gpt2_scratch.dataset import TokenDataset, fingerprint, read_meta
-from gpt2_scratch.device import pick_dtype
 from gpt2_scratch.distributed import Runtime, same_everywhere, weight_checksums
 from gpt2_scratch.optim import load_optimizer, make_optimizer
 from gpt2_scratch.parallel import shard, shard_optimizer_state
+from gpt2_scratch.precision import pick_dtype
 from gpt2_scratch.scoring import Example, build, check_fit, nonfinite_tensor, read_rows, subset
 from gpt2_scratch.tokenizer import Tokenizer, check_vocabulary, load_data_tokenizer, load_tokenizer
 from model import GPT, GPTConfig, ModelError
@@ -42,6 +42,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # enabled for float16 only
     dtype: torch.dtype
+    dtype_reason: str  # why "auto" chose it
     plan: BatchPlan
     tokenizer: Tokenizer
     train_data: TokenDataset
@@ -90,19 +91,22 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
         rows = subset(read_rows("hellaswag", cfg.hellaswag_data or None), cfg.eval_hellaswag)
         hellaswag = check_fit(build("hellaswag", rows, tokenizer, block_size, block_size), block_size)
     # From here on ranks call collectives, so whatever can fail on one alone must have failed by now.
+    name = saved["settings"]["dtype"] if saved and cfg.dtype == "auto" else cfg.dtype
+    batch_size = 1 if cfg.batch_size == "auto" else int(cfg.batch_size)
+    dtype, dtype_reason = pick_dtype(name, rt.device, model.config, batch_size, rt)
     if rt.peers:
-        checksum = weight_checksums(model).sum().item()
-        same_everywhere(rt, {"fingerprint of the data": data_fingerprint[:12], "sum of the weights": checksum})
+        facts = {"fingerprint of the data": data_fingerprint[:12], "dtype as resolved": str(dtype)}
+        same_everywhere(rt, facts | {"sum of the weights": weight_checksums(model).sum().item()})
     if rt.world_size > 1 and cfg.parallel != "ddp":
         shard(model, cfg.parallel, getattr(torch, cfg.reduce_dtype))
-    dtype = pick_dtype(cfg.dtype, rt.device)
     optimizer = make_optimizer(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, cfg.beta1, cfg.beta2)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
     if checkpoint:
         if not load_optimizer(optimizer, saved["optimizer"]) and progress.step:
             raise UserError(f"{checkpoint} holds the optimizer of another model; {go_back(checkpoint)}")
         shard_optimizer_state(optimizer)
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # the run was in float16
+            scaler.load_state_dict(saved["scaler"])
     if cfg.batch_size == "auto":
         cfg = replace(cfg, batch_size=fitting_batch_size(cfg, model, optimizer, dtype, rt))
     return TrainState(
@@ -111,6 +115,7 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
         optimizer=optimizer,
         scaler=scaler,
         dtype=dtype,
+        dtype_reason=dtype_reason,
         plan=plan_batch(cfg.total_batch_size, int(cfg.batch_size), block_size, rt.world_size),
         tokenizer=tokenizer,
         train_data=train_data,
