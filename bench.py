@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -33,12 +33,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gpt2_scratch.cli import UserError, count, run_script
 from gpt2_scratch.config import TrainConfig, parse_config
-from gpt2_scratch.cpu.decode import prepare
+from gpt2_scratch.cpu.decode import can_pack, prepare
 from gpt2_scratch.dataset import TokenDataset, read_meta, training_batches, write_shards
 from gpt2_scratch.device import describe, peak_flops, pick_device
 from gpt2_scratch.generation import Generation
 from gpt2_scratch.metrics import MetricsLog
 from gpt2_scratch.precision import pick_dtype
+from gpt2_scratch.rivals import RIVALS
 from gpt2_scratch.sources import plays
 from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -73,6 +74,8 @@ def parse_args() -> argparse.Namespace:
     sample.add_argument("--dtypes", nargs="+", choices=dtypes, default=["auto"], help="of our model (default: auto)")
     sample.add_argument("--device", default="auto")
     sample.add_argument("--compile", action="store_true", help="compile our decoding step")
+    beside = "also time these, where installed: pip install ctranslate2; pip install xllamacpp gguf"
+    sample.add_argument("--with", dest="others", nargs="+", choices=RIVALS, default=[], help=beside)
     gpu = commands.add_parser("gpu", help="both of these on a CUDA device, as a report in Markdown")
     gpu.set_defaults(run=bench_gpu)
     gpu.add_argument("--output", type=Path, default="report.md", metavar="FILE.md", help="(default: report.md)")
@@ -153,8 +156,11 @@ def bench_train(args: argparse.Namespace) -> None:
             mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
             speed = f"{row['rate']:,.0f} | {row['slowest']:,.0f} | {mfu} | {row['of_matmul']:.1%}"
             print(f"| {settings} | {speed} | {row['memory']:.1f} | {row['start']:.1f} |", flush=True)
-        for name, clone in clones.items():
-            rates.append((name, OTHERS[name](clone, folder / name, ids, first)))
+        others = [(name, partial(OTHERS[name], clone)) for name, clone in clones.items()]
+        if args.nanogpt and pick_device(first.device).type == "cpu" and can_pack():
+            others.append(("nanogpt in bfloat16", partial(time_nanogpt, args.nanogpt, autocast=True)))
+        for name, measure in others:
+            rates.append((name, measure(folder / name.replace(" ", "-"), ids, first)))
             print(f"| {name}, batch_size={first.batch_size} | {rates[-1][1]:,.0f} |", flush=True)
     for settings, rate in rates[1:]:
         print(f"{rates[0][0]}: {rates[0][1] / rate:.2f} times as fast as {settings}")
@@ -222,9 +228,19 @@ def matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds(lambda: a @ a, device) for _ in range(10))
 
 
-def time_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -> float:
-    """Tokens per second of nanoGPT's train.py with its own settings, except sizes, batch and device."""
+def time_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig, autocast: bool = False) -> float:
+    """Tokens per second of nanoGPT's train.py with its own settings, except sizes, batch and device.
+
+    Args:
+        autocast: to bfloat16, which it leaves out on a CPU.
+    """
     shutil.copytree(clone, folder, ignore=shutil.ignore_patterns(".git"))
+    if autocast:
+        source = (folder / "train.py").read_text(encoding="utf-8")
+        changed = source.replace("nullcontext() if device_type == 'cpu' else ", "")
+        if changed == source:
+            raise UserError(f"{clone}/train.py does not choose its autocast as nanoGPT's does; pass a clone of nanoGPT")
+        (folder / "train.py").write_text(changed, encoding="utf-8")
     (folder / "data" / "bench").mkdir(parents=True)
     for split in ("train", "val"):
         ids.tofile(folder / "data" / "bench" / f"{split}.bin")
@@ -233,7 +249,7 @@ def time_nanogpt(clone: Path, folder: Path, ids: np.ndarray, cfg: TrainConfig) -
     flags = {"dataset": "bench", "device": device.type, "compile": device.type == "cuda", "max_iters": cfg.max_steps}
     flags |= {"n_layer": gpt.n_layer, "n_head": gpt.n_head, "n_embd": gpt.n_embd, "block_size": gpt.block_size}
     flags |= {"batch_size": cfg.batch_size, "gradient_accumulation_steps": accumulation}
-    flags |= {"eval_interval": 10**9, "eval_iters": 1, "log_interval": 1}
+    flags |= {"eval_interval": 10**9, "eval_iters": 1, "log_interval": 1} | ({"dtype": "bfloat16"} if autocast else {})
     command = ["train.py", *(f"--{name}={value}" for name, value in flags.items())]
     ms = median_printed(r"^iter \d+: .* time ([\d.]+)ms", command, folder, cfg)
     return accumulation * int(cfg.batch_size) * gpt.block_size / (ms / 1e3)
@@ -300,63 +316,86 @@ def ours(model: GPT, new_tokens: int, compile: bool, prompt: torch.Tensor) -> tu
     return seconds(start, prompt.device), seconds(finish, prompt.device) / (new_tokens - 1)
 
 
-def theirs(model: Any, new_tokens: int, prompt: torch.Tensor) -> tuple[float, float]:
-    """The same for transformers' generate: seconds of the first two tokens, and per later token."""
+def theirs(generate: Callable[[torch.Tensor, int], Any], new_tokens: int, prompt: torch.Tensor) -> tuple[float, float]:
+    """The same for another program's `generate(prompt, n)`: seconds of the first two tokens, and per later token."""
+    start = seconds(lambda: generate(prompt, 2), prompt.device)
+    return start, (seconds(lambda: generate(prompt, new_tokens), prompt.device) - start) / (new_tokens - 2)
 
-    def generate(n: int) -> None:
-        model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
 
-    start = seconds(lambda: generate(2), prompt.device)
-    return start, (seconds(lambda: generate(new_tokens), prompt.device) - start) / (new_tokens - 2)
+class Contender(NamedTuple):
+    program: str
+    dtype: str
+    time: Callable[[torch.Tensor], tuple[float, float]]  # seconds of start-up and per later token, after a prompt
+    weight_bytes: int  # that a token reads
+    most_rows: int | None = None  # at a time
+
+
+def contenders(args: argparse.Namespace, device: torch.device, folder: Path) -> Iterator[Contender]:
+    """Our models and those of others. Files of converted weights go into `folder`."""
+    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import, and worker processes import this file
+
+    sizes: dict[str, Any] = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[args.model]))
+    config = GPTConfig(**sizes)
+    auto = pick_dtype("auto", device, config)[0]
+    for name in args.dtypes:
+        int8 = name == "int8"
+        dtype = auto if int8 or name == "auto" else getattr(torch, name)
+        model = prepare(GPT(config).eval().to(device, dtype), int8, args.compile)
+        kind = "int8" if int8 else str(dtype).removeprefix("torch.")
+        yield Contender("gpt2-scratch", kind, partial(ours, model, args.new_tokens, args.compile), weight_bytes(model))
+    for dtype in dict.fromkeys([torch.float32, auto]):
+        other = GPT2LMHeadModel(GPT2Config(**sizes)).eval().to(device, dtype)
+
+        def generate(prompt: torch.Tensor, n: int, other: Any = other) -> None:
+            other.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
+
+        kind = str(dtype).removeprefix("torch.")
+        yield Contender("transformers", kind, partial(theirs, generate, args.new_tokens), weight_bytes(other))
+    for program in args.others:
+        try:
+            for rival in RIVALS[program](GPT(config).eval(), folder):
+                time = partial(theirs, rival.generate, args.new_tokens)
+                yield Contender(program, rival.dtype, time, rival.weight_bytes, rival.most_rows)
+        except ImportError as error:
+            raise UserError(
+                f"{program} cannot be imported ({error}); `bench.py sample --help` names its packages"
+            ) from error
 
 
 def bench_sample(args: argparse.Namespace) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel  # slow to import, and worker processes import this file
-
     device = pick_device(args.device)
+    if args.others and device.type != "cpu":
+        raise UserError("--with times programs on the CPU; add --device cpu")
     print(
         f"GPT-2 {args.model}, {args.prompt_tokens} + {args.new_tokens} tokens, greedy, torch {torch.__version__}, "
         f"{describe(device)}; medians of {args.rounds} interleaved rounds"
     )
     print("| batch | program | dtype | start s | tokens/s | per row | weights GB/s | of bandwidth |\n|" + "---|" * 8)
-    sizes: dict[str, Any] = dict(zip(("n_layer", "n_head", "n_embd"), SIZES[args.model]))
-    config = GPTConfig(**sizes)
-    auto = pick_dtype("auto", device, config)[0]
-    contenders: dict[tuple[str, str], tuple[Callable, int]] = {}  # by program and dtype; with the bytes of weights
-    for name in args.dtypes:
-        int8 = name == "int8"
-        dtype = auto if int8 or name == "auto" else getattr(torch, name)
-        model = prepare(GPT(config).eval().to(device, dtype), int8, args.compile)
-        key = ("gpt2-scratch", "int8" if int8 else str(dtype).removeprefix("torch."))
-        contenders[key] = partial(ours, model, args.new_tokens, args.compile), weight_bytes(model)
-    for dtype in dict.fromkeys([torch.float32, auto]):
-        model = GPT2LMHeadModel(GPT2Config(**sizes)).eval().to(device, dtype)
-        key = ("transformers", str(dtype).removeprefix("torch."))
-        contenders[key] = partial(theirs, model, args.new_tokens), weight_bytes(model)
-
-    for batch_size in args.batch_sizes:
-        prompt = torch.randint(GPTConfig.vocab_size, (batch_size, args.prompt_tokens), device=device)
-        times: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in contenders}
-        bandwidths = []
-        for _ in range(args.rounds):
-            bandwidths.append(read_bandwidth(device))
-            for key, (run, _) in contenders.items():
-                times[key].append(run(prompt))
-        bandwidth = statistics.median(bandwidths)
-        per_token: dict[tuple[str, str], float] = {}
-        for key, (_, n_bytes) in contenders.items():
-            start, token = (statistics.median(column) for column in zip(*times[key]))
-            per_token[key] = token
-            print(
-                f"| {batch_size} | {key[0]} | {key[1]} | {start:.2f} | {batch_size / token:.1f} | {1 / token:.1f} | "
-                f"{n_bytes / token / 1e9:.1f} | {n_bytes / token / bandwidth:.0%} |"
-            )
-        best = min(token for (program, _), token in per_token.items() if program == "transformers")
-        print(
-            f"batch {batch_size}: {best / next(iter(per_token.values())):.2f} times as fast as transformers in its "
-            f"better dtype; a sum reads {bandwidth / 1e9:.1f} GB/s",
-            flush=True,
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        field = list(contenders(args, device, Path(folder)))
+        for batch_size in args.batch_sizes:
+            prompt = torch.randint(GPTConfig.vocab_size, (batch_size, args.prompt_tokens), device=device)
+            entered = [one for one in field if batch_size <= (one.most_rows or batch_size)]
+            times: list[list[tuple[float, float]]] = [[] for _ in entered]
+            bandwidths = []
+            for _ in range(args.rounds):
+                bandwidths.append(read_bandwidth(device))
+                for one, measured in zip(entered, times):
+                    measured.append(one.time(prompt))
+            bandwidth = statistics.median(bandwidths)
+            best: dict[str, float] = {}  # seconds per token of each program, in its fastest dtype
+            for one, measured in zip(entered, times):
+                start, token = (statistics.median(column) for column in zip(*measured))
+                best[one.program] = min(token, best.get(one.program, token))
+                print(
+                    f"| {batch_size} | {one.program} | {one.dtype} | {start:.2f} | {batch_size / token:.1f} | "
+                    f"{1 / token:.1f} | {one.weight_bytes / token / 1e9:.1f} | "
+                    f"{one.weight_bytes / token / bandwidth:.0%} |"
+                )
+            fastest = best.pop("gpt2-scratch")
+            ratios = ", ".join(f"{token / fastest:.2f} times {program}" for program, token in best.items())
+            print(f"batch {batch_size}: {ratios}, each in its fastest dtype; a sum reads {bandwidth / 1e9:.1f} GB/s")
+            sys.stdout.flush()
 
 
 # What to train each size with, a process each, the most telling first.

@@ -2,12 +2,19 @@
 
 import re
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import bench
+from gpt2_scratch.cli import UserError
+from gpt2_scratch.config import parse_config
+from gpt2_scratch.rivals import Rival
+from model import GPT, GPTConfig
 
 
 @pytest.fixture
@@ -26,7 +33,7 @@ def test_sample_times_what_the_flags_say(run: Callable[[str], str], monkeypatch:
     sampled: list[tuple[int, int]] = []
     timed = bench.ours
 
-    def ours(model: object, new_tokens: int, compile: bool, prompt: bench.torch.Tensor) -> tuple[float, float]:
+    def ours(model: object, new_tokens: int, compile: bool, prompt: torch.Tensor) -> tuple[float, float]:
         sampled.append((new_tokens, prompt.shape[1]))
         return timed(model, new_tokens, compile, prompt)
 
@@ -39,6 +46,72 @@ def test_sample_times_what_the_flags_say(run: Callable[[str], str], monkeypatch:
     assert rows == [[batch, "gpt2-scratch", dtype] for batch in ("1", "3") for dtype in ("float32", "bfloat16")]
     assert "| transformers | float32 |" in out
     assert set(sampled) == {(5, 4)} and len(sampled) >= 2 * len(rows)
+
+
+def test_sample_times_other_programs_beside_ours(
+    run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One of them takes a row at a time; one is not installed."""
+    monkeypatch.setitem(bench.SIZES, "124m", (1, 2, 32))
+    asked: list[tuple[int, int]] = []
+
+    def rivals(model: GPT, folder: Path) -> Iterator[Rival]:
+        def generate(prompt: torch.Tensor, n: int) -> None:
+            asked.append((len(prompt), n))
+            time.sleep(n / 1000)
+
+        assert folder.is_dir() and model.config.n_embd == 32
+        for dtype, most_rows in (("int8", None), ("q4", 1)):
+            yield Rival(dtype, generate, 1000, most_rows)
+
+    monkeypatch.setitem(bench.RIVALS, "llamacpp", rivals)
+    flags = "--batch_sizes 1 2 --prompt_tokens 4 --new_tokens 5 --rounds 1 --dtypes float32 --device cpu"
+    out = run(f"sample {flags} --with llamacpp")
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in out.splitlines() if "| llamacpp" in line]
+    assert rows == [["1", "llamacpp", "int8"], ["1", "llamacpp", "q4"], ["2", "llamacpp", "int8"]]
+    assert asked == [(1, 2), (1, 5)] * 2 + [(2, 2), (2, 5)]
+    assert re.search(r"^batch 2: [\d.]+ times transformers, [\d.]+ times llamacpp, ", out, re.MULTILINE)
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
+    with pytest.raises(UserError, match="ctranslate2"):
+        run(f"sample {flags} --with ctranslate2")
+
+
+@pytest.mark.parametrize("name", bench.RIVALS)
+def test_other_programs_write_what_ours_does(name: str, tmp_path: Path) -> None:
+    """The most precise of them to the token, so that all are given the right weights."""
+    pytest.importorskip({"llamacpp": "xllamacpp"}.get(name, name))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=64, initializer_range=0.2)).eval()
+    prompt = torch.randint(300, (1, 8))
+    expected = model.generate(prompt, 16, temperature=0)[0, 8:].tolist()
+    texts = {rival.dtype: rival.generate(prompt, 16) for rival in bench.RIVALS[name](model, tmp_path)}
+    if name == "ctranslate2":
+        assert texts["float32"] == [expected] and len(texts["int8"][0]) == 16
+    else:
+        assert texts["float16"]["choices"][0]["text"] == "".join(map(str, expected))
+        assert {text["usage"]["completion_tokens"] for text in texts.values()} == {16}
+
+
+def test_nanogpt_is_also_timed_with_autocast(tmp_path: Path) -> None:
+    """By a script that says its own settings, in place of nanoGPT's."""
+    clone, cfg = tmp_path / "clone", parse_config(["--device", "cpu"])
+    clone.mkdir()
+    script = """
+import sys
+ctx = nullcontext() if device_type == 'cpu' else [('bfloat16', 1.0)]
+speed = 2.0 if "--dtype=bfloat16" in sys.argv else 4.0
+for i in range(40): print(f"iter {i}: loss 1, time {speed:.2f}ms")
+"""
+    (clone / "train.py").write_text(script.replace("ctx =", "device_type, nullcontext = 'cpu', list\nctx ="))
+    ids = np.zeros(10, np.uint16)
+    plain, rounded = (
+        bench.time_nanogpt(clone, tmp_path / str(autocast), ids, cfg, autocast) for autocast in (False, True)
+    )
+    assert rounded == 2 * plain
+    assert "ctx = [('bfloat16'" in (tmp_path / "True" / "train.py").read_text()
+    (clone / "train.py").write_text("print('another program')")
+    with pytest.raises(UserError, match="pass a clone of nanoGPT"):
+        bench.time_nanogpt(clone, tmp_path / "again", ids, cfg, autocast=True)
 
 
 def test_data_times_what_the_flags_say(run: Callable[[str], str]) -> None:
