@@ -8,12 +8,15 @@ from functools import partial
 import torch
 from torch import nn
 
-from gpt2_scratch.cpu.decode import PackedLinear, can_pack
+from gpt2_scratch.cpu.decode import PackedLinear, can_compile, can_pack
 from gpt2_scratch.device import autocast_to
 from gpt2_scratch.distributed import Runtime
 from model import Block, GPTConfig
 
 CPU = torch.device("cpu")
+# kernels.c takes about a second to compile, and most of float32's time per token away: repaid within 500 tokens if that
+# time is this many milliseconds.
+REPAYS = 5
 
 
 def pick_dtype(
@@ -22,7 +25,8 @@ def pick_dtype(
     """The dtype with a name, and why; "auto" is the fastest that is precise enough on the device.
 
     CUDA: bfloat16 from compute capability 8.0 on, float16 before. CPU: bfloat16 if this network takes at most 0.9 of
-    float32's time in it, which differs from processor to processor, and with the network's width. Otherwise float32.
+    float32's time in it, which differs from processor to processor, and with the network's width; for generation with
+    kernels.c, if float32 takes at least `REPAYS` milliseconds per token. Otherwise float32.
 
     Args:
         batch_size: sequences of a training step; None: to generate text.
@@ -35,15 +39,18 @@ def pick_dtype(
         return getattr(torch, name), ""
     if device.type == "cuda":
         return (torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16), ""
+    if device.type != "cpu":
+        return torch.float32, ""
+    if batch_size is None and can_compile():
+        ms = 1e3 * decoding(config, torch.float32)
+        return (torch.bfloat16 if ms >= REPAYS else torch.float32), f"float32 weights take {ms:.1f} ms per token here"
     share = math.inf
-    if device.type == "cpu" and can_pack():
+    if can_pack():
         measure = decoding if batch_size is None else partial(training, batch_size)
         share = measure(config, torch.bfloat16) / measure(config, torch.float32)
-    if device.type == "cpu" and rt:
-        share = rt.broadcast_object(share)
-    if math.isinf(share):
-        return torch.float32, ""
-    return (torch.bfloat16 if share <= 0.9 else torch.float32), f"bfloat16 takes {share:.2f} of float32's time here"
+    share = rt.broadcast_object(share) if rt else share
+    reason = "" if math.isinf(share) else f"bfloat16 takes {share:.2f} of float32's time here"
+    return (torch.bfloat16 if share <= 0.9 else torch.float32), reason
 
 
 def training(batch_size: int, config: GPTConfig, dtype: torch.dtype) -> float:
@@ -66,9 +73,10 @@ def training(batch_size: int, config: GPTConfig, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def decoding(config: GPTConfig, dtype: torch.dtype) -> float:
-    """Seconds that one token takes to read the network's weights on a CPU, or 64 MiB of them in float32."""
+    """Seconds that one token takes to read the network's weights on a CPU, by that of at most 64 MiB of float32."""
     C = config.n_embd
-    n = max(1, min(config.n_layer * 12 * C * C * 4, 2**26) // (4 * C * C * 4))  # products of C by 4 * C
+    weights = 12 * config.n_layer * C * C + config.padded_vocab_size * C
+    n = max(1, min(4 * weights, 2**26) // (16 * C * C))  # products of C by 4 * C
     weight = torch.full((4 * C, C), 0.01, dtype=dtype)
     linears: list[Callable[[torch.Tensor], torch.Tensor]] = []
     for _ in range(n):
@@ -81,7 +89,7 @@ def decoding(config: GPTConfig, dtype: torch.dtype) -> float:
         for linear in linears:
             linear(x)
 
-    return seconds(step)
+    return seconds(step) * weights / (n * 4 * C * C)
 
 
 def seconds(run: Callable[[], None]) -> float:

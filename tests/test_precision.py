@@ -26,6 +26,7 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, float]:
     """Pretended measurements, the same for training and for writing; a CPU with bfloat16 products."""
     pretended = {torch.float32: 1.0, torch.bfloat16: 0.5}
     monkeypatch.setattr(precision, "can_pack", lambda: True)
+    monkeypatch.setattr(precision, "can_compile", lambda: False)
     monkeypatch.setattr(precision, "training", lambda batch_size, config, dtype: pretended[dtype] * batch_size)
     monkeypatch.setattr(precision, "decoding", lambda config, dtype: pretended[dtype])
     return pretended
@@ -40,6 +41,18 @@ def test_auto_takes_bfloat16_where_it_is_clearly_faster(
     reason = f"bfloat16 takes {bfloat16:.2f} of float32's time here"
     assert pick_dtype("auto", CPU, SMALL, batch_size) == (chosen, reason)
     assert pick_dtype("float16", CPU, SMALL, batch_size) == (torch.float16, "")
+
+
+@pytest.mark.parametrize(("seconds", "chosen"), [(0.0549, torch.bfloat16), (0.0005, torch.float32)])
+def test_kernels_are_compiled_where_they_repay_it(
+    times: dict, monkeypatch: pytest.MonkeyPatch, seconds: float, chosen: torch.dtype
+) -> None:
+    """By the time of float32 alone: bfloat16 is read by kernels that are yet to be compiled."""
+    monkeypatch.setattr(precision, "can_compile", lambda: True)
+    times[torch.float32] = seconds
+    del times[torch.bfloat16]
+    reason = f"float32 weights take {1e3 * seconds:.1f} ms per token here"
+    assert pick_dtype("auto", CPU, SMALL) == (chosen, reason)
 
 
 def test_nothing_is_measured_where_bfloat16_does_not_run(times: dict, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +105,7 @@ def test_a_text_is_written_in_the_dtype_measured(
     seen: list[Any] = []
     monkeypatch.setattr(sample, "prepare", lambda model, *_: (seen.append(model.wte.weight.dtype), model.float())[1])
     monkeypatch.setattr(sample, "kernels", lambda: None)
-    for share in (0.5, 2.0):
+    for share in (0.5, 2.0):  # without kernels.c
         times[torch.bfloat16] = share
         sample.Sampler(sample.parse_args())
         assert f"(bfloat16 takes {share:.2f} of float32's time here)" in capsys.readouterr().err

@@ -42,22 +42,41 @@ def can_pack() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def can_compile() -> bool:
+    """Whether to expect `kernels`: on Linux, with AVX2 or AVX512 and a C compiler ($CC, or else `cc`)."""
+    registers = torch.backends.cpu.get_cpu_capability()
+    return sys.platform == "linux" and registers in ("AVX2", "AVX512") and compiler() is not None
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CC", "cc"))
+
+
 @functools.cache
 def kernels() -> Any:
-    """kernels.c, compiled for this CPU. None unless on Linux with AVX512 and a C compiler ($CC, or else `cc`)."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if sys.platform != "linux" or "AVX512" not in torch.backends.cpu.get_cpu_capability() or not compiler:
+    """kernels.c, compiled for this CPU; None if that is not possible."""
+    if not can_compile():
         return None
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-nodefaultlibs"]
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # all there is, or all that ATEN_CPU_CAPABILITY allows
+        flags.append("-mno-avx512f")
     try:
         # Link with the OpenMP library that torch has loaded: two thread pools would compete for the cores.
         openmp: Any = re.search(r"/.*/lib(gomp|iomp5|omp)\b.*", Path("/proc/self/maps").read_text())
         with tempfile.TemporaryDirectory() as folder:
-            command = [compiler, *flags, Path(__file__).with_name("kernels.c"), openmp[0], "-o", f"{folder}/kernels.so"]
+            command = [
+                str(compiler()),
+                *flags,
+                Path(__file__).with_name("kernels.c"),
+                openmp[0],
+                "-o",
+                f"{folder}/kernels.so",
+            ]
             subprocess.run(command, check=True, capture_output=True)
             library: Any = ctypes.CDLL(f"{folder}/kernels.so")  # stays loaded after its file is deleted
     except (OSError, TypeError, subprocess.CalledProcessError):
         return None
+    library.tile_outputs = ctypes.c_int.in_dll(library, "tile_outputs").value
     library.linear.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
     library.plan.argtypes, library.plan.restype = [ctypes.c_long] * 2 + [ctypes.c_void_p] * 3, ctypes.c_long
     library.pack.argtypes = [ctypes.c_long] * 2 + [ctypes.c_void_p] * 4
@@ -99,13 +118,14 @@ class KernelLinear(nn.Module):
         self.starts, self.upper = torch.empty(0), torch.empty(16, dtype=torch.uint8)
         if int8:
             weight, self.scale = round_to_int8(weight)
-            self.weight = weight.view(N // 32, 32, K).transpose(1, 2).contiguous()  # (N / 32, K, 32)
+            tiles = weight.view(-1, kernels().tile_outputs, K)  # (tiles, outputs, K)
+            self.weight = tiles.transpose(1, 2).contiguous()  # (tiles, K, outputs)
         else:
             weight = weight.contiguous()
             # The 16 commonest upper bytes, which the packed format stores in half a byte; a million weights will do.
             subset = weight.flatten()[:: max(1, weight.numel() // 10**6)].view(torch.int16)
             self.upper = (subset >> 8 & 255).bincount(minlength=256).topk(16).indices.to(torch.uint8)
-            self.starts = torch.empty(N // 32, dtype=torch.int64)
+            self.starts = torch.empty(N // kernels().tile_outputs, dtype=torch.int64)
             pointers = [tensor.data_ptr() for tensor in (weight, self.upper, self.starts)]
             self.weight = torch.empty(kernels().plan(K, N, *pointers), dtype=torch.uint8)
             kernels().pack(K, N, *pointers, self.weight.data_ptr())
@@ -132,7 +152,7 @@ class KernelBlock(nn.Module):
     """A Block that decodes one token per row in a single call to kernels.c, given a bfloat16 cache.
 
     Args:
-        block: made of KernelLinear, with tanh GELU and with widths that are multiples of 32.
+        block: made of KernelLinear, with tanh GELU, widths that are multiples of 32 and heads that fill registers.
     """
 
     def __init__(self, block: Block):
@@ -206,7 +226,8 @@ def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
     fast = eager and (int8 or weight.dtype == torch.bfloat16) and kernels() is not None
     packed = eager and not int8 and weight.dtype == torch.bfloat16 and can_pack()
     if not (fast or int8 or packed):
-        return model
+        # Without support for bfloat16 its products are many times as slow as float32's.
+        return model.float() if eager and weight.dtype == torch.bfloat16 else model
     if eager:
         keep_freed_memory()
     for name in [name for name, _ in model.named_modules()]:  # by name: holds no reference to replaced modules
@@ -223,6 +244,8 @@ def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
             # Everything is computed in float32. `wte` stays in bfloat16: the cache takes its dtype from it.
             module.to(torch.bfloat16 if module is model.wte else torch.float32)
     c = model.config
-    if fast and c.activation in ("gelu_new", "gelu_pytorch_tanh") and c.n_embd % 32 == (c.n_inner or 0) % 32 == 0:
+    register = kernels().tile_outputs // 2 if fast else 1  # floats
+    even = c.n_embd % 32 == (c.n_inner or 0) % 32 == c.n_embd // c.n_head % register == 0
+    if fast and even and c.activation in ("gelu_new", "gelu_pytorch_tanh"):
         model.h = nn.ModuleList(KernelBlock(block) for block in model.h)
     return model
