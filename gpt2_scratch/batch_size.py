@@ -10,7 +10,7 @@ import torch
 from gpt2_scratch.cli import UserError
 from gpt2_scratch.config import TrainConfig
 from gpt2_scratch.device import autocast_to
-from gpt2_scratch.distributed import Runtime, all_gather
+from gpt2_scratch.distributed import Runtime
 from gpt2_scratch.optim import memory_of
 from gpt2_scratch.parallel import Loss, LossFunction, is_sharded, warm_up
 from model import GPT
@@ -78,13 +78,13 @@ def fitting_batch_size(
     full_gradients = 4 * sum(p.numel() for p in model.parameters()) if is_sharded(model) else 0
     free = torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_reserved(rt.device)
     room = 0.9 * free - moments - full_gradients
-    fitting = all_gather(torch.tensor([largest_batch(share, *peaks, room)], device=rt.device), rt).min()
+    fitting = min(rt.all_gather_object(largest_batch(share, *peaks, room)))
     if not fitting:
         raise UserError(
             f"not even one sequence of {model.config.block_size} tokens fits the memory of {rt.device}; try "
             f"activation_checkpointing, or several processes with parallel fsdp"
         )
-    return int(fitting)
+    return fitting
 
 
 def peak_memory(forward: Any, cfg: TrainConfig, dtype: torch.dtype) -> tuple[float, float, float]:
