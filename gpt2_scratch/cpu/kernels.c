@@ -57,7 +57,7 @@ static inline Ints mark(Ints from, uint8_t byte, char j, Ints codes, uint64_t *k
 static const uint64_t ALL_BYTES = -1;
 #else
 #define V(name) _mm256_##name
-enum { LANES = 8, ROWS = 4 };
+enum { LANES = 8, ROWS = 6 };
 typedef __m256 Floats;
 typedef __m256i Ints;
 
@@ -249,9 +249,9 @@ static inline __attribute__((always_inline)) void products(
         for (long m = 0; m < M;) {  // the tile's weights stay cached for all rows
             const float *in = x + m * l->K;
             float *out = y + m * l->N;
-            if (ROWS == 8 && M - m >= 8) {
+            if (M - m >= ROWS) {
                 tile(ROWS, bytes, l, finish, n, in, out);
-                m += 8;
+                m += ROWS;
             } else if (M - m >= 4) {
                 tile(4, bytes, l, finish, n, in, out);
                 m += 4;
