@@ -90,7 +90,7 @@ def llamacpp(model: GPT, folder: Path) -> Iterator[Rival]:
         writer.close()
         params = xllamacpp.CommonParams()
         params.model.path, params.n_ctx, params.n_parallel = str(path), c.block_size, 1
-        params.cpuparams.n_threads = torch.get_num_threads()
+        params.cpuparams.n_threads, params.verbosity = torch.get_num_threads(), -1
         server = xllamacpp.Server(params)
 
         def generate(prompt: Tensor, n: int, server: Any = server) -> Any:
