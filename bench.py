@@ -343,7 +343,8 @@ def contenders(args: argparse.Namespace, device: torch.device, folder: Path) -> 
         model = prepare(GPT(config).eval().to(device, dtype), int8, args.compile)
         kind = "int8" if int8 else str(dtype).removeprefix("torch.")
         yield Contender("gpt2-scratch", kind, partial(ours, model, args.new_tokens, args.compile), weight_bytes(model))
-    for dtype in dict.fromkeys([torch.float32, auto]):
+    supported = device.type != "cpu" or can_pack()  # else PyTorch's bfloat16 takes many times as long as float32
+    for dtype in dict.fromkeys([torch.float32, *([auto] if supported else [])]):
         other = GPT2LMHeadModel(GPT2Config(**sizes)).eval().to(device, dtype)
 
         def generate(prompt: torch.Tensor, n: int, other: Any = other) -> None:
