@@ -64,16 +64,9 @@ def kernels() -> Any:
         # Link with the OpenMP library that torch has loaded: two thread pools would compete for the cores.
         openmp: Any = re.search(r"/.*/lib(gomp|iomp5|omp)\b.*", Path("/proc/self/maps").read_text())
         with tempfile.TemporaryDirectory() as folder:
-            command = [
-                str(compiler()),
-                *flags,
-                Path(__file__).with_name("kernels.c"),
-                openmp[0],
-                "-o",
-                f"{folder}/kernels.so",
-            ]
-            subprocess.run(command, check=True, capture_output=True)
-            library: Any = ctypes.CDLL(f"{folder}/kernels.so")  # stays loaded after its file is deleted
+            source, file = Path(__file__).with_name("kernels.c"), f"{folder}/kernels.so"
+            subprocess.run([str(compiler()), *flags, source, openmp[0], "-o", file], check=True, capture_output=True)
+            library: Any = ctypes.CDLL(file)  # stays loaded after its file is deleted
     except (OSError, TypeError, subprocess.CalledProcessError):
         return None
     library.tile_outputs = ctypes.c_int.in_dll(library, "tile_outputs").value
