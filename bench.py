@@ -339,7 +339,7 @@ def contenders(args: argparse.Namespace, device: torch.device, folder: Path) -> 
     auto = pick_dtype("auto", device, config)[0]
     for name in args.dtypes:
         int8 = name == "int8"
-        dtype = auto if int8 or name == "auto" else getattr(torch, name)
+        dtype = auto if name == "auto" else pick_dtype(name, device, config)[0]
         model = prepare(GPT(config).eval().to(device, dtype), int8, args.compile)
         kind = "int8" if int8 else str(dtype).removeprefix("torch.")
         yield Contender("gpt2-scratch", kind, partial(ours, model, args.new_tokens, args.compile), weight_bytes(model))

@@ -135,7 +135,7 @@ class Sampler:
 
         def dtype_of(config: GPTConfig) -> torch.dtype:
             nonlocal reason
-            dtype, reason = pick_dtype("auto" if int8 else args.dtype, self.device, config)
+            dtype, reason = pick_dtype(args.dtype, self.device, config)
             if self.device.type == "cpu" and not self.compile and (int8 or dtype == torch.bfloat16):
                 pool.submit(kernels)  # compile them while the weights load
             return dtype

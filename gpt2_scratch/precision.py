@@ -26,7 +26,8 @@ def pick_dtype(
 
     CUDA: bfloat16 from compute capability 8.0 on, float16 before. CPU: bfloat16 if this network takes at most 0.9 of
     float32's time in it, which differs from processor to processor, and with the network's width; for generation with
-    kernels.c, if float32 takes at least `REPAYS` milliseconds per token. Otherwise float32.
+    kernels.c, if float32 takes at least `REPAYS` milliseconds per token. Otherwise float32. "int8" is a matter of the
+    weights; this is the dtype of the rest.
 
     Args:
         batch_size: sequences of a training step; None: to generate text.
@@ -35,6 +36,8 @@ def pick_dtype(
     Returns:
         The reason is a clause to print, and empty unless something was measured.
     """
+    if name == "int8":
+        return (torch.bfloat16 if device.type == "cpu" and (can_compile() or can_pack()) else torch.float32), ""
     if name != "auto":
         return getattr(torch, name), ""
     if device.type == "cuda":

@@ -55,6 +55,20 @@ def test_kernels_are_compiled_where_they_repay_it(
     assert pick_dtype("auto", CPU, SMALL) == (chosen, reason)
 
 
+@pytest.mark.parametrize(
+    ("compiles", "packs", "dtype"),
+    [(True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, torch.float32)],
+)
+def test_int8_is_not_measured(
+    times: dict, monkeypatch: pytest.MonkeyPatch, compiles: bool, packs: bool, dtype: torch.dtype
+) -> None:
+    """What is not int8 beside it is in what is supported."""
+    times.clear()
+    monkeypatch.setattr(precision, "can_compile", lambda: compiles)
+    monkeypatch.setattr(precision, "can_pack", lambda: packs)
+    assert pick_dtype("int8", CPU, SMALL) == (dtype, "")
+
+
 def test_nothing_is_measured_where_bfloat16_does_not_run(times: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     times.clear()
     monkeypatch.setattr(precision, "can_pack", lambda: False)

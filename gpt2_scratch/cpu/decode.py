@@ -217,10 +217,11 @@ def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
         raise UserError("int8 is for CPUs and slower than bfloat16 on CUDA; leave the dtype out, or add --device cpu")
     eager = weight.device.type == "cpu" and not compile
     fast = eager and (int8 or weight.dtype == torch.bfloat16) and kernels() is not None
-    packed = eager and not int8 and weight.dtype == torch.bfloat16 and can_pack()
+    if eager and weight.dtype == torch.bfloat16 and not (fast or can_pack()):
+        model.float()  # nothing here supports bfloat16, and torch takes many times as long for it
+    packed = eager and not int8 and weight.dtype == torch.bfloat16
     if not (fast or int8 or packed):
-        # Without support for bfloat16 its products are many times as slow as float32's.
-        return model.float() if eager and weight.dtype == torch.bfloat16 else model
+        return model
     if eager:
         keep_freed_memory()
     for name in [name for name, _ in model.named_modules()]:  # by name: holds no reference to replaced modules
