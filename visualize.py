@@ -27,7 +27,6 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from matplotlib.ft2font import FT2Font
-from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
 from PIL import Image, ImageDraw, ImageFont
@@ -55,6 +54,7 @@ STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
+    "figure.dpi": 150,
     "figure.titlesize": 12,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -295,18 +295,18 @@ def published_loss(run: Path) -> float | None:
 # Drawing
 
 
-def new_figure(subject: Subject, title: str, width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")  # no pyplot: no windows, no global state
+def new_figure(title: str, width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no windows, no global state
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{title}\n{subject.name}")
+    figure.suptitle(title)
     return figure
 
 
-def panels(subject: Subject, title: str, n: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+def panels(title: str, n: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """A figure of n panels, at most three in a row, each of this size in inches."""
     columns = min(3, n)
     rows = -(-n // columns)
-    figure = new_figure(subject, title, max(6, width * columns), height * rows + 0.7)
+    figure = new_figure(title, max(6, width * columns), height * rows + 0.7)
     return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(n)]
 
 
@@ -318,6 +318,8 @@ def pixels(figure: Figure) -> Image.Image:
 
 
 def save(subject: Subject, figure: Figure, file: str) -> str:
+    """Write a figure, with the subject's name in its title."""
+    figure.suptitle(f"{figure.get_suptitle()}\n{subject.name}")
     pixels(figure).save(subject.args.out / file, dpi=(figure.dpi, figure.dpi))
     return file
 
@@ -347,17 +349,17 @@ def bars(axes: Axes, labels: list[str], values: Sequence[float], text: str = "{:
     axes.set(**names)
 
 
-def draw_tokens(
-    subject: Subject, title: str, file: str, ids: Sequence[int], notes: Sequence[object] = (), colours: Sequence = ()
-) -> str:
-    """Draw tokens in coloured boxes, with a note (default: the id) below each."""
+def plot_tokens(
+    title: str, tokenizer: Tokenizer, ids: Sequence[int], notes: Sequence[object] = (), colours: Sequence = ()
+) -> Figure:
+    """Tokens in coloured boxes, with a note (default: the id) below each."""
     columns, line_height = 130, 0.42  # characters, inches
     below, colours = [str(note) for note in notes or ids], colours or list(PASTELS.values())
-    labels = [subject.label(token) for token in ids]
+    labels = [drawable(label(tokenizer, token)) for token in ids]
     widths = [max(len(text), 0.8 * len(note)) + 1 for text, note in zip(labels, below)]
     lines = list(lines_of(widths, columns))
     height = line_height * len(lines)
-    figure = new_figure(subject, title, 11, height + 0.7)
+    figure = new_figure(title, 11, height + 0.7)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0.01, 0, 0.98, height / (height + 0.7)), xlim=(0, columns), ylim=(len(lines), 0))
     axes.axis("off")
@@ -369,24 +371,12 @@ def draw_tokens(
             axes.text(middle, row + 0.3, labels[i], fontsize=9, **style)
             axes.text(middle, row + 0.7, below[i], fontsize=7, color="#333333", **style)
             x += widths[i]
-    return save(subject, figure, file)
+    return figure
 
 
-def html_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    def line(cells: Sequence[object], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
-
-
-# The pictures
-
-
-def draw_runs(subject: Subject) -> Iterator[Section]:
-    runs = subject.runs
-    if not runs:
-        return
-    figure = new_figure(subject, f"Training, {len(runs)} runs" if len(runs) > 1 else "Training", 15, 7.5)
+def plot_runs(runs: dict[Path, tuple[Columns, Columns]]) -> Figure:
+    """The training and validation curves of runs, by folder."""
+    figure = new_figure(f"Training, {len(runs)} runs" if len(runs) > 1 else "Training", 13, 7)
     by_tokens, by_time, rate, norm, speed = figure.subplot_mosaic("AAABBB;CCDDEE").values()
     unit, per_hour = ("hours", 1) if max(train["hours"][-1] for train, _ in runs.values()) > 2 else ("minutes", 60)
     small = {rate: "lr", norm: "grad_norm", speed: "tokens_per_sec"}
@@ -411,108 +401,38 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
         axes.set_xlabel("training tokens")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
-    yield Section(
-        "Training",
-        "From metrics.jsonl. Gaps are steps with a non-finite loss or gradient. Time is derived from tokens_per_sec "
-        "and excludes evaluation. Add other runs with --compare.",
-        save(subject, figure, "training.png"),
-    )
+    return figure
 
 
-def draw_text(subject: Subject) -> Iterator[Section]:
-    title = f"Text as {len(subject.ids)} tokens of {subject.tokenizer.name}"
-    text = "Each box is a token with its id below. ␣ is a space; characters without a glyph are escapes such as \\n."
-    yield Section("Text to tokens", text, draw_tokens(subject, title, "text.png", subject.ids))
-    n = subject.tokenizer.n_vocab
-    default = [range(n)] if n <= 300 else [range(96), range(n // 2, n // 2 + 96), range(n - 96, n)]
-    ranges = subject.args.ids or default
-    title = "Ids to tokens: " + ", ".join(f"{part[0]} to {part[-1]}" for part in ranges)
-    text = "What ids decode to; bytes that are not valid UTF-8 alone are \\x escapes. Choose others with --ids."
-    ids = [token for part in ranges for token in part]
-    yield Section("Ids to tokens", text, draw_tokens(subject, title, "ids.png", ids))
+def plot_attention(
+    title: str, weights: Sequence[Tensor], layers: Sequence[int], heads: Sequence[int], labels: Sequence[str] = ()
+) -> Figure:
+    """Maps of the attention weights (1, n_head, T, T) of each layer of a model, one row per head.
 
-
-def draw_surprise(subject: Subject) -> Iterator[Section]:
-    ids = subject.ids
-    logprobs = predictions(subject.model, ids, subject.tokenizer.eot)  # (T, vocab_size)
-    bits = -logprobs[range(len(ids)), ids]
-    known = bits.nan_to_num(nan=-1.0)
-    marked = sorted(i for i in known.topk(min(MARKED, len(ids))).indices.tolist() if known[i] >= 0)
-    title = f"Surprise along a text: {bits.nanmean().item():.2f} bits per token on average"
-    figure, (axes,) = panels(subject, title, 1, 11, 3.3)
-    axes.bar(range(len(ids)), bits.numpy(), color=[RED if i in marked else BLUE for i in range(len(ids))])
-    place = MONO | {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom", "rotation": 90}
-    for i in marked:
-        axes.annotate(subject.label(ids[i]), (i, bits[i]), **place)
-    axes.set(xlabel="position in the text, tokens", ylabel="surprise, bits")
-    axes.margins(x=0.01, y=0.25)
-    yield Section(
-        "Surprise along a text",
-        "How unlikely the model found each token given those before it: minus log2 of its probability. "
-        f"The {MARKED} most surprising tokens are labelled.",
-        save(subject, figure, "surprise.png"),
-    )
-    shades = list(colormaps["Reds"](np.clip(known.numpy() / 30, 0, 0.5)))
-    notes = ["?" if math.isnan(value) else f"{value:.1f}" for value in bits.tolist()]
-    file = draw_tokens(subject, "Bits of surprise of each token", "surprise_tokens.png", ids, notes, shades)
-    yield Section("Surprise of each token", "The same, in bits below each token; the redder, the less expected.", file)
-    if not marked:
-        return
-    figure, all_axes = panels(subject, "What the model expected instead", len(marked), 4, 2.1)
-    for axes, i in zip(all_axes, marked):
-        best = logprobs[i].topk(min(5, logprobs.shape[1])).indices.tolist()
-        shown = best if ids[i] in best else [*best, ids[i]]
-        labels = [("» " if token == ids[i] else "") + subject.label(token) for token in shown]
-        before = "".join(subject.label(token) for token in ids[max(0, i - 12) : i])[-24:]
-        names = {"xlabel": "probability, %", "title": f"{i}: after {before or 'nothing'}"}
-        bars(axes, labels, (100 * logprobs[i, shown].exp2()).tolist(), "{:.3g} %", **names)
-    text = "The most likely tokens where the model was most surprised. » marks the actual token."
-    yield Section("What the model expected instead", text, save(subject, figure, "alternatives.png"))
-
-
-def draw_attention(subject: Subject) -> Iterator[Section]:
-    model, args = subject.model, subject.args
-    eot = subject.tokenizer.eot
-    ids, title = subject.ids, "Attention over {} tokens"
-    if args.text is None and eot is not None:
-        n = min(MAX_TOKENS, model.config.block_size)
-        ids = model.generate(torch.tensor([[eot]]), n - 1, temperature=0.8, top_k=200, top_p=0.95, seed=0)[0].tolist()
-        title += " that the model generates"
-    T = len(ids)
-    heads = range(model.config.n_head) if args.head is None else [args.head]
-    layers = range(args.layer, min(args.layer + LAYERS, model.config.n_layer))
-    weights = attention_weights(model, torch.tensor([ids]))
-    figure = new_figure(subject, title.format(T), max(6, 3.3 * len(layers) + 1), 3.3 * len(heads) + 1.2)
+    Args:
+        labels: of the T tokens; on the axes if there are few.
+    """
+    T = weights[0].shape[-1]
+    figure = new_figure(title, max(6, 3.3 * len(layers) + 1), 3.3 * len(heads) + 1.2)
     grid = figure.subplots(len(heads), len(layers), squeeze=False)
-    maps = []
     for (row, column), axes in np.ndenumerate(grid):
         layer, head = layers[column], heads[row]
         shown = weights[layer][0, head].masked_fill(causal_mask(T), torch.nan)  # (T, T)
-        maps.append(axes.imshow(shown.numpy(), cmap="viridis", norm=PowerNorm(0.4, 0, 1), interpolation="nearest"))
+        image = axes.imshow(shown.numpy(), cmap="viridis", norm=PowerNorm(0.4, 0, 1), interpolation="nearest")
         axes.set(title=f"layer {layer}, head {head}", xlabel="to position", ylabel="from position")
         axes.label_outer()
-        if T <= 32 and len(heads) == 1:
-            labels = [subject.label(token)[:10] for token in ids]
-            axes.set_xticks(range(T), labels, rotation=90, fontsize=7, **MONO)
-            axes.set_yticks(range(T), labels, fontsize=7, **MONO)
+        if labels and T <= 32 and len(heads) == 1:
+            axes.set_xticks(range(T), [text[:10] for text in labels], rotation=90, fontsize=7, **MONO)
+            axes.set_yticks(range(T), [text[:10] for text in labels], fontsize=7, **MONO)
     bar: dict[str, Any] = {"label": "attention weight", "ticks": [0, 0.01, 0.1, 0.3, 1], "format": "{x:g}"}
-    figure.colorbar(maps[0], ax=grid, aspect=20 * len(heads), **bar)
+    figure.colorbar(image, ax=grid, aspect=20 * len(heads), **bar)
     figure.supxlabel(" ")  # room for the animation's caption
-    yield Section(
-        "Attention",
-        "Each row is a token; the colours show how much it attends to itself and to each token before it. A row sums "
-        "to 1; later tokens are masked. The colour scale is stretched near 0. Layers and heads are counted from 0; "
-        "choose others with --layer and --head.",
-        save(subject, figure, "attention.png"),
-    )
-    figure.set_dpi(100)
-    animate(figure, maps, [subject.label(token) for token in ids], args.out / "attention.gif")
-    text = "The same as the text grows, with the latest tokens below."
-    yield Section("Attention, token by token", text, "attention.gif")
+    return figure
 
 
-def animate(figure: Figure, maps: list[AxesImage], labels: list[str], path: Path) -> None:
-    """Write a GIF that reveals a figure's maps (T, T) row by row, with the latest labels below."""
+def animate(figure: Figure, labels: Sequence[str], path: Path) -> None:
+    """Write a GIF that reveals the maps (T, T) of `plot_attention` row by row, with the latest labels below."""
+    maps = [image for axes in figure.axes for image in axes.images]
     full = pixels(figure)
     figure.set_layout_engine("none")  # keep the layout without the maps
     for shown in maps:
@@ -538,54 +458,205 @@ def animate(figure: Figure, maps: list[AxesImage], labels: list[str], path: Path
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
+def plot_lookup(one_hot: Tensor, product: Tensor, looked_up: Tensor, labels: Sequence[str]) -> Figure:
+    """One-hot rows (T, vocab_size), their product with a table, and the table's rows (T, n_embd)."""
+    difference = (looked_up - product).abs().max().item()
+    title = f"Lookup and one-hot product: largest difference {difference:g}"
+    figure, (hot_axes, *others) = panels(title, 3, 13 / 3, 3.3)
+    used = one_hot.any(dim=0).nonzero()[:, 0]
+    title = f"one-hot rows, {len(used)} of {one_hot.shape[1]:,} columns"
+    heatmap(hot_axes, one_hot[:, used], 1.0, labels, title=title, xlabel="id")
+    hot_axes.set_xticks(range(len(used)), map(str, used.tolist()), rotation=90)
+    for axes, values, title in zip(others, (product, looked_up), ("one-hot rows @ table", "rows of the table")):
+        heatmap(axes, values, rows=labels, title=title, xlabel="channel")
+    return figure
+
+
+def plot_hidden(tokens: Tensor, positions: Tensor, hidden: Tensor, labels: Sequence[str]) -> Figure:
+    """Token and position embeddings and the first hidden state, (T, n_embd) each."""
+    difference = (tokens + positions - hidden).abs().max().item()
+    title = f"Token + position = first hidden state: largest difference {difference:g}"
+    figure, all_axes = panels(title, 3, 13 / 3, 3.3)
+    parts = {"token": tokens, "position": positions, "sum, from the model": hidden}
+    for axes, (title, values) in zip(all_axes, parts.items()):
+        heatmap(axes, values, hidden.abs().max().item(), labels, title=title, xlabel="channel")
+    return figure
+
+
+def plot_embeddings(wte: Tensor) -> Figure:
+    """The first 300 rows of a token embedding (vocab_size, n_embd)."""
+    rows = wte[:300]
+    figure, (axes,) = panels(f"Token embeddings of the first {len(rows)} of {len(wte):,} tokens", 1, 11, 4.3)
+    heatmap(axes, rows, xlabel="channel", ylabel="token id")
+    return figure
+
+
+def plot_undertrained(ids: Sequence[int], distances: Tensor, radius: float) -> Figure:
+    """What `undertrained_tokens` finds."""
+    found = f"{len(ids):,} of {len(distances):,} tokens stand out" if ids else "no tokens stand out"
+    figure, (axes,) = panels(f"Under-trained tokens: {found}", 1, 9, 3.3)
+    axes.hist(distances.numpy(), bins=100, color=BLUE)
+    axes.axvline(radius, color=RED, linestyle="--", label=f"radius: {radius:.3g}")
+    axes.set(yscale="log", xlabel="distance from the cluster's centre", ylabel="tokens")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend()
+    return figure
+
+
+def plot_positions(wpe: Tensor) -> Figure:
+    """A position embedding (block_size, n_embd): all of it, three channels, cosines between positions."""
+    title = f"Position embeddings, {len(wpe)} positions x {wpe.shape[1]} channels"
+    figure, (image, curves, similarity) = panels(title, 3, 13 / 3, 3.6)
+    heatmap(image, wpe, title="all positions", xlabel="channel", ylabel="position")
+    for channel in wpe.std(dim=0, correction=0).topk(min(3, wpe.shape[1])).indices.tolist():
+        curves.plot(wpe[:, channel].numpy(), label=f"channel {channel}", linewidth=1)
+    curves.set(title="the three channels that vary most", xlabel="position", ylabel="value")
+    curves.margins(y=0.15)
+    curves.legend(loc="upper center", ncols=3, fontsize=7, handlelength=1, columnspacing=1)
+    unit = F.normalize(wpe, dim=1)
+    names = {"xlabel": "position", "ylabel": "position", "title": "cosine similarity between positions"}
+    heatmap(similarity, unit @ unit.T, 1.0, scale="cosine", **names)
+    similarity.set_aspect("equal")
+    return figure
+
+
+def plot_weights(name: str, trained: Tensor, fresh: Tensor) -> Figure:
+    """The first 300 x 300 of a matrix (out, in) beside its initialisation, on one colour scale."""
+    trained, fresh = trained[:300, :300], fresh[:300, :300]
+    limit = float(np.quantile(torch.cat([trained, fresh]).abs().numpy(), 0.995)) or 1.0
+    figure, all_axes = panels(f"{name}, first {trained.shape[0]} x {trained.shape[1]}", 2, 5.5, 4.3)
+    for axes, values, title in zip(all_axes, (trained, fresh), ("trained", "fresh")):
+        title += f", std {statistics(values)[1]:.4f}"
+        heatmap(axes, values, limit, title=title, xlabel="input channel", ylabel="output channel")
+    return figure
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    def line(cells: Sequence[object], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
+
+
+# The pictures
+
+
+def draw_runs(subject: Subject) -> Iterator[Section]:
+    if not subject.runs:
+        return
+    yield Section(
+        "Training",
+        "From metrics.jsonl. Gaps are steps with a non-finite loss or gradient. Time is derived from tokens_per_sec "
+        "and excludes evaluation. Add other runs with --compare.",
+        save(subject, plot_runs(subject.runs), "training.png"),
+    )
+
+
+def draw_text(subject: Subject) -> Iterator[Section]:
+    title = f"Text as {len(subject.ids)} tokens of {subject.tokenizer.name}"
+    text = "Each box is a token with its id below. ␣ is a space; characters without a glyph are escapes such as \\n."
+    yield Section("Text to tokens", text, save(subject, plot_tokens(title, subject.tokenizer, subject.ids), "text.png"))
+    n = subject.tokenizer.n_vocab
+    default = [range(n)] if n <= 300 else [range(96), range(n // 2, n // 2 + 96), range(n - 96, n)]
+    ranges = subject.args.ids or default
+    title = "Ids to tokens: " + ", ".join(f"{part[0]} to {part[-1]}" for part in ranges)
+    text = "What ids decode to; bytes that are not valid UTF-8 alone are \\x escapes. Choose others with --ids."
+    ids = [token for part in ranges for token in part]
+    yield Section("Ids to tokens", text, save(subject, plot_tokens(title, subject.tokenizer, ids), "ids.png"))
+
+
+def draw_surprise(subject: Subject) -> Iterator[Section]:
+    ids = subject.ids
+    logprobs = predictions(subject.model, ids, subject.tokenizer.eot)  # (T, vocab_size)
+    bits = -logprobs[range(len(ids)), ids]
+    known = bits.nan_to_num(nan=-1.0)
+    marked = sorted(i for i in known.topk(min(MARKED, len(ids))).indices.tolist() if known[i] >= 0)
+    title = f"Surprise along a text: {bits.nanmean().item():.2f} bits per token on average"
+    figure, (axes,) = panels(title, 1, 11, 3.3)
+    axes.bar(range(len(ids)), bits.numpy(), color=[RED if i in marked else BLUE for i in range(len(ids))])
+    place = MONO | {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom", "rotation": 90}
+    for i in marked:
+        axes.annotate(subject.label(ids[i]), (i, bits[i]), **place)
+    axes.set(xlabel="position in the text, tokens", ylabel="surprise, bits")
+    axes.margins(x=0.01, y=0.25)
+    yield Section(
+        "Surprise along a text",
+        "How unlikely the model found each token given those before it: minus log2 of its probability. "
+        f"The {MARKED} most surprising tokens are labelled.",
+        save(subject, figure, "surprise.png"),
+    )
+    shades = list(colormaps["Reds"](np.clip(known.numpy() / 30, 0, 0.5)))
+    notes = ["?" if math.isnan(value) else f"{value:.1f}" for value in bits.tolist()]
+    figure = plot_tokens("Bits of surprise of each token", subject.tokenizer, ids, notes, shades)
+    text = "The same, in bits below each token; the redder, the less expected."
+    yield Section("Surprise of each token", text, save(subject, figure, "surprise_tokens.png"))
+    if not marked:
+        return
+    figure, all_axes = panels("What the model expected instead", len(marked), 4, 2.1)
+    for axes, i in zip(all_axes, marked):
+        best = logprobs[i].topk(min(5, logprobs.shape[1])).indices.tolist()
+        shown = best if ids[i] in best else [*best, ids[i]]
+        labels = [("» " if token == ids[i] else "") + subject.label(token) for token in shown]
+        before = "".join(subject.label(token) for token in ids[max(0, i - 12) : i])[-24:]
+        names = {"xlabel": "probability, %", "title": f"{i}: after {before or 'nothing'}"}
+        bars(axes, labels, (100 * logprobs[i, shown].exp2()).tolist(), "{:.3g} %", **names)
+    text = "The most likely tokens where the model was most surprised. » marks the actual token."
+    yield Section("What the model expected instead", text, save(subject, figure, "alternatives.png"))
+
+
+def draw_attention(subject: Subject) -> Iterator[Section]:
+    model, args = subject.model, subject.args
+    eot = subject.tokenizer.eot
+    ids, title = subject.ids, "Attention over {} tokens"
+    if args.text is None and eot is not None:
+        n = min(MAX_TOKENS, model.config.block_size)
+        ids = model.generate(torch.tensor([[eot]]), n - 1, temperature=0.8, top_k=200, top_p=0.95, seed=0)[0].tolist()
+        title += " that the model generates"
+    heads = range(model.config.n_head) if args.head is None else [args.head]
+    layers = range(args.layer, min(args.layer + LAYERS, model.config.n_layer))
+    weights, labels = attention_weights(model, torch.tensor([ids])), [subject.label(token) for token in ids]
+    figure = plot_attention(title.format(len(ids)), weights, layers, heads, labels)
+    yield Section(
+        "Attention",
+        "Each row is a token; the colours show how much it attends to itself and to each token before it. A row sums "
+        "to 1; later tokens are masked. The colour scale is stretched near 0. Layers and heads are counted from 0; "
+        "choose others with --layer and --head.",
+        save(subject, figure, "attention.png"),
+    )
+    figure.set_dpi(100)
+    animate(figure, labels, args.out / "attention.gif")
+    text = "The same as the text grows, with the latest tokens below."
+    yield Section("Attention, token by token", text, "attention.gif")
+
+
 @torch.no_grad()
 def draw_lookup(subject: Subject) -> Iterator[Section]:
     model, wte, ids = subject.model, subject.wte, torch.tensor(subject.ids[:8])
     labels = [subject.label(token) for token in ids.tolist()]
     one_hot = F.one_hot(ids, len(wte)).to(wte.dtype)  # (T, vocab_size)
-    looked_up, product = wte[ids], one_hot @ wte  # (T, n_embd) both
-    difference = (looked_up - product).abs().max().item()
-    title = f"Lookup and one-hot product: largest difference {difference:g}"
-    figure, (hot_axes, *others) = panels(subject, title, 3, 13 / 3, 3.3)
-    used = ids.unique()
-    title = f"one-hot rows, {len(used)} of {len(wte):,} columns"
-    heatmap(hot_axes, one_hot[:, used], 1.0, labels, title=title, xlabel="id")
-    hot_axes.set_xticks(range(len(used)), map(str, used.tolist()), rotation=90)
-    for axes, values, title in zip(others, (product, looked_up), ("one-hot rows @ table", "rows of the table")):
-        heatmap(axes, values, rows=labels, title=title, xlabel="channel")
+    looked_up = wte[ids]  # (T, n_embd)
     yield Section(
         "The embedding is a lookup",
-        "Multiplying one-hot rows by the embedding table selects rows of the table; the largest absolute difference, "
-        f"over all columns, is {difference:g}. The one-hot picture shows only the columns of ids in the text.",
-        save(subject, figure, "lookup.png"),
+        "Multiplying one-hot rows by the embedding table selects rows of the table. The one-hot picture shows only the "
+        "columns of ids in the text.",
+        save(subject, plot_lookup(one_hot, one_hot @ wte, looked_up, labels), "lookup.png"),
     )
-    first_hidden = outputs(model, [model.drop], ids[None])[0][0]  # (T, n_embd)
-    positions = model.wpe.weight[: len(ids)]
-    difference = (looked_up + positions - first_hidden).abs().max().item()
-    title = f"Token + position = first hidden state: largest difference {difference:g}"
-    figure, all_axes = panels(subject, title, 3, 13 / 3, 3.3)
-    parts = {"token": looked_up, "position": positions, "sum, from the model": first_hidden}
-    for axes, (title, values) in zip(all_axes, parts.items()):
-        heatmap(axes, values, first_hidden.abs().max().item(), labels, title=title, xlabel="channel")
+    hidden = outputs(model, [model.drop], ids[None])[0][0]  # (T, n_embd)
     yield Section(
         "The first hidden state",
         "The first block's input is the token embedding plus the position embedding. The sum shown is taken from the "
-        f"running model; its largest absolute difference from the two parts added is {difference:g}.",
-        save(subject, figure, "hidden.png"),
+        "running model.",
+        save(subject, plot_hidden(looked_up, model.wpe.weight[: len(ids)], hidden, labels), "hidden.png"),
     )
 
 
 def draw_embeddings(subject: Subject) -> Iterator[Section]:
     wte = subject.wte
-    rows = wte[:300]
-    title = f"Token embeddings of the first {len(rows)} of {len(wte):,} tokens"
-    figure, (axes,) = panels(subject, title, 1, 11, 4.3)
-    heatmap(axes, rows, xlabel="channel", ylabel="token id")
     text = "One row per token. Columns that stand out are channels whose mean is far from 0."
-    yield Section("Token embeddings", text, save(subject, figure, "embeddings.png"))
+    yield Section("Token embeddings", text, save(subject, plot_embeddings(wte), "embeddings.png"))
     norms = wte.norm(dim=1)
     order = norms.argsort().tolist()
-    figure, (least, histogram, greatest) = panels(subject, "Norms of the token embeddings", 3, 13 / 3, 3.6)
+    figure, (least, histogram, greatest) = panels("Norms of the token embeddings", 3, 13 / 3, 3.6)
     for axes, ids, title in ((least, order[:12], "smallest"), (greatest, order[-12:][::-1], "largest")):
         labels = [f"{subject.label(token)} {token}" for token in ids]
         bars(axes, labels, norms[ids].tolist(), title=title, xlabel="norm", ylabel="token and id")
@@ -598,7 +669,7 @@ def draw_embeddings(subject: Subject) -> Iterator[Section]:
 def draw_neighbours(subject: Subject) -> Iterator[Section]:
     unit = F.normalize(subject.wte, dim=1)
     title = "Nearest neighbours among the token embeddings"
-    figure, all_axes = panels(subject, title, len(subject.chosen), 4, 2.4)
+    figure, all_axes = panels(title, len(subject.chosen), 4, 2.4)
     for axes, token in zip(all_axes, subject.chosen):
         cosines = unit @ unit[token]
         cosines[token] = -torch.inf
@@ -611,13 +682,6 @@ def draw_neighbours(subject: Subject) -> Iterator[Section]:
 
 def draw_undertrained(subject: Subject) -> Iterator[Section]:
     ids, distances, radius = undertrained_tokens(subject.wte)
-    found = f"{len(ids):,} of {len(distances):,} tokens stand out" if ids else "no tokens stand out"
-    figure, (axes,) = panels(subject, f"Under-trained tokens: {found}", 1, 9, 3.3)
-    axes.hist(distances.numpy(), bins=100, color=BLUE)
-    axes.axvline(radius, color=RED, linestyle="--", label=f"radius: {radius:.3g}")
-    axes.set(yscale="log", xlabel="distance from the cluster's centre", ylabel="tokens")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend()
     names = ", ".join(f"{label(subject.tokenizer, token)} ({token})" for token in ids[:100])
     more = f" and {len(ids) - 100:,} more" if len(ids) > 100 else ""
     yield Section(
@@ -626,31 +690,19 @@ def draw_undertrained(subject: Subject) -> Iterator[Section]:
         "GPT-2's published weights, that of ␣SolidGoldMagikarp and its like is near the mean row. Its centre is the "
         "mean of the nearest 8 rows (or 0.1 % of all, if more), found by iterating from the mean row; a token belongs "
         "to the cluster if its distance from the centre is less than half the 95th percentile. "
-        f"Here {found}{': ' if ids else ''}{names}{more}.",
-        save(subject, figure, "undertrained.png"),
+        f"Here {f'these do: {names}{more}' if ids else 'none does'}.",
+        save(subject, plot_undertrained(ids, distances, radius), "undertrained.png"),
     )
 
 
 def draw_positions(subject: Subject) -> Iterator[Section]:
     wpe = subject.model.wpe.weight.detach()  # (block_size, n_embd)
-    title = f"Position embeddings, {len(wpe)} positions x {wpe.shape[1]} channels"
-    figure, (image, curves, similarity) = panels(subject, title, 3, 13 / 3, 3.6)
-    heatmap(image, wpe, title="all positions", xlabel="channel", ylabel="position")
-    for channel in wpe.std(dim=0, correction=0).topk(min(3, wpe.shape[1])).indices.tolist():
-        curves.plot(wpe[:, channel].numpy(), label=f"channel {channel}", linewidth=1)
-    curves.set(title="the three channels that vary most", xlabel="position", ylabel="value")
-    curves.margins(y=0.15)
-    curves.legend(loc="upper center", ncols=3, fontsize=7, handlelength=1, columnspacing=1)
-    unit = F.normalize(wpe, dim=1)
-    names = {"xlabel": "position", "ylabel": "position", "title": "cosine similarity between positions"}
-    heatmap(similarity, unit @ unit.T, 1.0, scale="cosine", **names)
-    similarity.set_aspect("equal")
     yield Section(
         "Position embeddings",
         "Each position has a learned vector that is added to the token's. After enough training, neighbouring "
         "positions are similar and many channels are slow waves; untrained positions stay noise. For comparison, "
         "GPT-2's published 124M table has mean -0.0007, std 0.1227, min -4.5381, max 4.0653.",
-        save(subject, figure, "positions.png"),
+        save(subject, plot_positions(wpe), "positions.png"),
         html_table(("mean", "std", "min", "max"), [[f"{value:.4f}" for value in statistics(wpe)]]),
     )
 
@@ -659,18 +711,12 @@ def draw_weights(subject: Subject) -> Iterator[Section]:
     std = subject.model.config.initializer_range
     name = f"h.{subject.args.layer}.attn.c_attn.weight"
     weight = subject.model.get_parameter(name).detach()
-    trained = weight[:300, :300]
-    fresh = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))[:300, :300] * std
-    limit = float(np.quantile(torch.cat([trained, fresh]).abs().numpy(), 0.995)) or 1.0
-    figure, all_axes = panels(subject, f"{name}, first {trained.shape[0]} x {trained.shape[1]}", 2, 5.5, 4.3)
-    for axes, values, title in zip(all_axes, (trained, fresh), ("trained", "fresh")):
-        title += f", std {statistics(values)[1]:.4f}"
-        heatmap(axes, values, limit, title=title, xlabel="input channel", ylabel="output channel")
+    fresh = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * std
     yield Section(
         "A weight matrix and its initialisation",
         "The matrix that makes queries, keys and values; its first rows make queries. The fresh one is drawn with the "
         f"standard deviation in config.json (initializer_range, {std}). Both have the same colour scale.",
-        save(subject, figure, "weights.png"),
+        save(subject, plot_weights(name, weight, fresh), "weights.png"),
     )
 
 
@@ -699,7 +745,7 @@ def draw_parameters(subject: Subject) -> Iterator[Section]:
     for row in rows:
         counts[kind_of(row[0])] = counts.get(kind_of(row[0]), 0) + row[2]
     total = sum(counts.values())
-    figure, (axes,) = panels(subject, f"{total:,} parameters by kind", 1, 8, 2.5)
+    figure, (axes,) = panels(f"{total:,} parameters by kind", 1, 8, 2.5)
     bars(axes, list(counts), list(counts.values()), "{:,.0f}", xlabel="parameters")
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     tied = "The head shares the token embedding's weights, which are counted once. " if "head" not in counts else ""
