@@ -5,6 +5,7 @@ weights; then what they use. Model, optimizer and data are made in gpt2_scratch/
 """
 
 import math
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Generator
@@ -92,7 +93,7 @@ def train(cfg: TrainConfig) -> None:
                 if writer:
                     print(f"saved {writer.newest}; a passage it writes:\n")
                     print(write_passage(state.model, state.tokenizer))
-                    print(f'\nmore of it: python sample.py --prompt "..." --model {writer.newest}')
+                    print(f"\n{next_commands(run, cfg.data)}")
     if signum:
         sys.exit(128 + signum)
 
@@ -380,6 +381,15 @@ def score_hellaswag(
     model.train()
     signum = signal_of_any(signals, rt)
     return {} if signum else {f"hellaswag_{name}": s.value for name, s in summarise(verdicts).items()}, signum
+
+
+def next_commands(run: Path, data: str) -> str:
+    name, data = shlex.quote(str(run)), shlex.quote(data)
+    return (
+        f'more of it:  python sample.py --model {name} --prompt "..."\n'
+        f"in pictures: python visualize.py {name}\n"
+        f"scored:      python eval.py {name} --tasks loss --data {data}"
+    )
 
 
 def write_passage(model: GPT, tokenizer: Tokenizer, max_new_tokens: int = 400) -> str:

@@ -66,7 +66,10 @@ def find_model(name: str | None) -> str | Path:
     if name and not newest:
         raise UserError(f"{name} has no complete checkpoint yet")
     if not newest:
-        raise UserError("there is no trained model under out/; run python train.py, or name a model")
+        raise UserError(
+            "there is no trained model under out/; make one with python train.py, which takes minutes on a CPU, or "
+            "name one, such as gpt2"
+        )
     return max(newest, key=lambda path: path.stat().st_mtime)
 
 

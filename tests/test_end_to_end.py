@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, pipeline
 
 import bench
+import eval as evaluation
+import visualize
 from gpt2_scratch.batch_size import BatchPlan, largest_batch, plan_batch
 from gpt2_scratch.checkpoint import checkpoints, load_state
 from gpt2_scratch.cli import UserError, run_script
@@ -64,7 +67,9 @@ def run_tiny(*flags: str) -> None:
     train(parse_config([*TINY, *flags]))
 
 
-def test_train_then_sample(workplace: Path, run_sample: Callable[..., tuple[str, str]]) -> None:
+def test_train_then_sample(
+    workplace: Path, run_sample: Callable[..., tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = script(ROOT / "train.py", *TINY)
     assert "on cpu" in done.stdout and "in float32" in done.stdout
     assert "tok/s" in done.stderr and "loss" in done.stderr, "the progress line shows speed and loss"
@@ -74,6 +79,12 @@ def test_train_then_sample(workplace: Path, run_sample: Callable[..., tuple[str,
     assert all(line["tokens"] == 512 * line["step"] for line in lines)
     assert curve("tiny")[0] == pytest.approx(math.log(257), abs=0.2)
     assert curve("tiny", "val_loss")[-1] < curve("tiny")[0] - 1
+
+    parsers = {"sample": parse_args, "visualize": visualize.parse_args, "eval": evaluation.parse_args}
+    for program, parse in parsers.items():
+        (command,) = re.findall(rf"python ({program}\.py .*)", done.stdout)
+        monkeypatch.setattr(sys, "argv", shlex.split(command))
+        assert parse().model == "out/tiny"
 
     flags = ["--prompt", "to be", "--max_new_tokens", 40, "--seed", 7]
     first, again = script(ROOT / "sample.py", *flags), run_sample(*flags)[0]
@@ -378,7 +389,7 @@ def test_every_id_decodes_at_the_end_of_a_long_prompt(
         (["--top_p", "0"], 2),
         (["--temperature", "-1"], 2),
         (["--model", "nowhere"], "error: nowhere is not a folder"),
-        ([], "error: there is no trained model under out"),
+        ([], "error: there is no trained model under out/; make one with python train.py"),
     ],
 )
 def test_sample_bad_input(
