@@ -4,6 +4,7 @@ import argparse
 import base64
 import csv
 import html
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ MARKED = 6  # surprising tokens to label
 LAYERS = 4  # attention maps side by side
 PASTELS = {153: "#afd7ff", 193: "#d7ffaf", 223: "#ffd7af", 225: "#ffd7ff", 229: "#ffffaf"}  # by xterm colour number
 BLUE, RED = "#6699cc", "#cc3333"
+GIF_DPI = 100
 MADE_HERE = '<meta name="generator" content="visualize.py">'  # a folder whose index.html has it may be overwritten
 MONO: dict[str, Any] = {"family": "DejaVu Sans Mono"}  # ships with matplotlib, as does DejaVu Sans
 STYLE: dict[Any, Any] = {
@@ -292,6 +295,24 @@ def published_loss(run: Path) -> float | None:
         return None  # no checkpoint yet, or not our files
 
 
+def overtakings(runs: dict[Path, tuple[Columns, Columns]]) -> list[str]:
+    """For each run that passes the final validation loss of another, by how many tokens and how much time it does."""
+
+    def cost(val: Columns, i: int) -> str:
+        hours = val["hours"][i]
+        time = f"{hours:.1f} hours" if hours > 2 else f"{60 * hours:.1f} minutes"
+        return f"{EngFormatter(places=2, sep='')(val['tokens'][i])} tokens and {time}"
+
+    sentences = []
+    for (run, (_, val)), (other, (_, its)) in permutations(runs.items(), 2):
+        if len(its["val_loss"]) and (below := np.flatnonzero(val["val_loss"] < its["val_loss"][-1])).size:
+            sentences.append(
+                f"{run.name} passes the final validation loss of {other.name}, {its['val_loss'][-1]:.4f}, by "
+                f"{cost(val, below[0])}; {other.name} took {cost(its, -1)}."
+            )
+    return sentences
+
+
 # Drawing
 
 
@@ -413,7 +434,7 @@ def plot_attention(
         labels: of the T tokens; on the axes if there are few.
     """
     T = weights[0].shape[-1]
-    figure = new_figure(title, max(6, 3.3 * len(layers) + 1), 3.3 * len(heads) + 1.2)
+    figure = new_figure(title, max(6, 3 * len(layers) + 1), 3 * len(heads) + 1.2)
     grid = figure.subplots(len(heads), len(layers), squeeze=False)
     for (row, column), axes in np.ndenumerate(grid):
         layer, head = layers[column], heads[row]
@@ -547,7 +568,7 @@ def draw_runs(subject: Subject) -> Iterator[Section]:
     yield Section(
         "Training",
         "From metrics.jsonl. Gaps are steps with a non-finite loss or gradient. Time is derived from tokens_per_sec "
-        "and excludes evaluation. Add other runs with --compare.",
+        "and excludes evaluation. Add other runs with --compare. " + " ".join(overtakings(subject.runs)),
         save(subject, plot_runs(subject.runs), "training.png"),
     )
 
@@ -623,7 +644,7 @@ def draw_attention(subject: Subject) -> Iterator[Section]:
         "choose others with --layer and --head.",
         save(subject, figure, "attention.png"),
     )
-    figure.set_dpi(100)
+    figure.set_dpi(GIF_DPI)
     animate(figure, labels, args.out / "attention.gif")
     text = "The same as the text grows, with the latest tokens below."
     yield Section("Attention, token by token", text, "attention.gif")
@@ -779,19 +800,31 @@ PICTURES: list[Callable[[Subject], Iterator[Section]]] = [
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">{made_here}
+<meta name="viewport" content="width=device-width">
 <title>{name}</title>
 <style>
-body {{ max-width: 70rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 sans-serif; color: #222; }}
-p {{ overflow-wrap: anywhere; }}
-img {{ max-width: 100%; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; }}
-th, td {{ padding: 0.15rem 0.7rem; text-align: right; border-bottom: 1px solid #ddd; }}
+:root {{ color-scheme: light dark; scroll-padding-top: 4rem; }}
+body {{ max-width: 70rem; margin: 0 auto; padding: 0 1rem; font: 1rem/1.5 sans-serif; }}
+h1, h2, p {{ overflow-wrap: anywhere; }}
+nav {{ position: sticky; top: 0; z-index: 1; padding: 0.6rem 0; background: Canvas; scrollbar-width: thin; }}
+nav, figure, table {{ overflow-x: auto; white-space: nowrap; }}
+nav a {{ margin-right: 1rem; }}
+figure {{ margin: 1rem 0; }}
+img {{ max-width: 100%; vertical-align: top; border-radius: 0.3rem; }}
+table {{ display: block; border-collapse: collapse; font-size: 0.85rem; margin: 1rem 0; }}
+th, td {{ padding: 0.15rem 0.7rem; text-align: right; border-bottom: 1px solid #8888; }}
 th:first-child, td:first-child {{ text-align: left; }}
+@media (min-width: 90rem) {{
+  body {{ margin-left: max(18rem, 50% - 35rem); }}
+  nav {{ position: fixed; top: 2rem; width: 14rem; margin-left: -16rem; max-height: 90vh; }}
+  nav a {{ display: block; }}
+}}
+@media (prefers-color-scheme: dark) {{ img {{ filter: brightness(0.85); }} }}
 </style></head>
 <body><h1>{name}</h1>
-<ul>
+<nav>
 {contents}
-</ul>
+</nav>
 {body}
 </body></html>
 """
@@ -802,10 +835,14 @@ def write_page(subject: Subject, sections: list[Section]) -> None:
     contents, body = [], []
     for number, section in enumerate(sections):
         title, alt = html.escape(section.title), html.escape(f"{section.title}: {subject.name}")
-        data = base64.b64encode((subject.args.out / section.file).read_bytes()).decode()
-        contents.append(f'<li><a href="#s{number}">{title}</a></li>')
+        picture = (subject.args.out / section.file).read_bytes()
+        data, width = base64.b64encode(picture).decode(), Image.open(io.BytesIO(picture)).width
+        # On a narrow screen pictures scroll sideways: smaller than this, their labels would be unreadable.
+        inches = width / (GIF_DPI if section.file.endswith(".gif") else STYLE["figure.dpi"])
+        contents.append(f'<a href="#s{number}">{title}</a>')
         body.append(f'<h2 id="s{number}">{title}</h2>\n<p>{html.escape(section.text)}</p>')
-        body.append(f'<p><img src="data:image/{section.file[-3:]};base64,{data}" alt="{alt}"></p>\n{section.table}')
+        source = f'src="data:image/{section.file[-3:]};base64,{data}" style="min-width: {80 * inches:.0f}px"'
+        body.append(f'<figure><img {source} alt="{alt}"></figure>\n{section.table}')
     parts = {"contents": "\n".join(contents), "body": "\n".join(body), "name": html.escape(subject.name)}
     page = PAGE.format(made_here=MADE_HERE, **parts)
     (subject.args.out / "index.html").write_text(page, encoding="utf-8", errors="replace")
@@ -878,6 +915,8 @@ def visualize(args: argparse.Namespace) -> None:
         for draw in tqdm(PICTURES, unit="picture"):
             sections += draw(subject)
     write_page(subject, sections)
+    for sentence in overtakings(subject.runs):
+        print(sentence)
     print(f"{args.out / 'index.html'} holds {len(sections)} pictures")
 
 

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from visualize import (
     drawable,
     label,
     lines_of,
+    overtakings,
     parameter_rows,
     parse_args,
     predictions,
@@ -183,6 +186,22 @@ def test_lines_are_filled_without_losing_a_cell() -> None:
 # Runs
 
 
+def test_overtaking_names_tokens_and_time() -> None:
+    def val(*losses: float) -> tuple[dict, dict]:
+        n = len(losses)
+        return {}, {
+            "val_loss": np.array(losses),
+            "tokens": 1e6 * np.arange(1, n + 1),
+            "hours": np.arange(1, n + 1) / 60,
+        }
+
+    runs = {Path("a"): val(3.0, np.nan, 1.9, 1.7), Path("b"): val(3.5, 2.5, 2.0), Path("c"): val()}
+    assert overtakings(runs) == [
+        "a passes the final validation loss of b, 2.0000, by 3.00M tokens and 3.0 minutes; b took 3.00M tokens and "
+        "3.0 minutes."
+    ]
+
+
 def test_curves_of_a_run(made: Path) -> None:
     train, val = read_curves(Path("out/run"))
     np.testing.assert_array_equal(train["tokens"], [100, 200, 300])
@@ -285,6 +304,93 @@ def test_the_pictures_of_a_run(made: Path, run: Callable[..., None], capsys: pyt
     assert len(page.all("tr")) > len(rows)
     gif = Image.open("figures/attention.gif")
     assert gif.n_frames == 24  # the context is shorter than 256 tokens
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+LOOK = """(() => {
+    const nav = document.querySelector("nav"), images = [...document.images];
+    scrollTo(0, document.body.scrollHeight);
+    const end = nav.getBoundingClientRect();
+    [...nav.querySelectorAll("a")].at(-1).click();
+    return {
+        sideways: document.documentElement.scrollWidth - innerWidth,
+        loaded: images.map(image => image.complete && image.naturalWidth > 0),
+        scale: images.filter(image => image.src.includes("png")).map(image => image.width / image.naturalWidth),
+        contents: end.top >= 0 && end.bottom <= innerHeight,
+        heading: [...document.querySelectorAll("h2")].at(-1).getBoundingClientRect().top,
+        strip: end.width > innerWidth / 2 ? end.bottom : 0,
+        colours: [getComputedStyle(document.body).color, getComputedStyle(nav).backgroundColor],
+    };
+})()"""
+
+
+class Browser:
+    """Chromium without a window. Commands and answers are JSON that ends in a null byte, on its descriptors 3 and 4."""
+
+    def __init__(self) -> None:
+        (commands, self.to), (self.answers, answers) = os.pipe(), os.pipe()
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
+        begin = f'exec "$@" 3<&{commands} 4>&{answers}'
+        program = ["bash", "-c", begin, "bash", str(CHROMIUM), *flags]
+        self.process = subprocess.Popen(program, pass_fds=(commands, answers), stderr=subprocess.DEVNULL)
+        os.close(commands)
+        os.close(answers)
+        self.number, self.session, self.unread = 0, {}, b""
+        self.events: list[dict[str, Any]] = []  # all messages so far
+        target = self.do("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {"sessionId": self.do("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+
+    def do(self, method: str, **params: Any) -> dict[str, Any]:
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params} | self.session
+        os.write(self.to, json.dumps(message).encode() + b"\0")
+        return self.wait(lambda event: event.get("id") == self.number)["result"]
+
+    def wait(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        while not self.events or not wanted(self.events[-1]):
+            while b"\0" not in self.unread:
+                part = os.read(self.answers, 2**20)
+                assert part, "the browser has ended"
+                self.unread += part
+            text, _, self.unread = self.unread.partition(b"\0")
+            self.events.append(json.loads(text))
+        return self.events[-1]
+
+    def look(self, width: int, scheme: str) -> dict[str, Any]:
+        """What LOOK finds in a window of this width with a "light" or "dark" colour scheme."""
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        self.do("Emulation.setDeviceMetricsOverride", **size)
+        self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        return self.do("Runtime.evaluate", expression=LOOK, returnByValue=True)["result"]["value"]
+
+    def close(self) -> None:
+        self.do("Browser.close")
+        self.process.wait(20)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_in_a_browser(made: Path, run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No error, nothing from the network; readable on any screen, light or dark, with the contents in sight."""
+    drawn = ("draw_runs", "draw_text", "draw_attention", "draw_positions", "draw_parameters")  # seven pictures
+    monkeypatch.setattr(visualize_module, "PICTURES", [getattr(visualize_module, name) for name in drawn])
+    run("--out", "figures")
+    with closing(Browser()) as browser:
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            browser.do(f"{domain}.enable")
+        browser.do("Page.navigate", url=Path("figures/index.html").resolve().as_uri())
+        browser.wait(lambda event: event.get("method") == "Page.loadEventFired")
+        for width, scheme in itertools.product((400, 1100, 1600), ("light", "dark")):
+            look = browser.look(width, scheme)
+            assert look["sideways"] <= 0 and look["contents"], (width, look)
+            assert look["loaded"] == [True] * 7
+            assert min(look["scale"]) * 150 / 72 * 9 >= 9.9, "labels of 9 points are at least 10 pixels high"
+            assert look["strip"] <= look["heading"] < 800, (width, look)
+            text, page = (sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in look["colours"])
+            assert (text - page if scheme == "dark" else page - text) > 500, look["colours"]
+    methods = {event.get("method") for event in browser.events}
+    assert not methods & {"Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled"}, browser.events
+    requests = [event["params"] for event in browser.events if event.get("method") == "Network.requestWillBeSent"]
+    assert [request["request"]["url"].partition(":")[0] for request in requests] == ["file"] + 7 * ["data"]
 
 
 @pytest.fixture
