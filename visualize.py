@@ -459,7 +459,8 @@ def animate(figure: Figure, labels: Sequence[str], path: Path) -> None:
     for shown in maps:
         shown.set_visible(False)
     frame = pixels(figure)
-    font = ImageFont.truetype(findfont(MONO["family"]), 13)
+    scale = figure.dpi / 100
+    font = ImageFont.truetype(findfont(MONO["family"]), 13 * scale)
     colours = np.concatenate([colormaps["viridis"](np.linspace(0, 1, 240)), colormaps["gray"](np.linspace(0, 1, 16))])
     palette = Image.new("P", (1, 1))
     palette.putpalette((255 * colours[:, :3]).round().astype(np.uint8).tobytes())
@@ -471,9 +472,9 @@ def animate(figure: Figure, labels: Sequence[str], path: Path) -> None:
             above, below = (round(top + height * row / len(labels)) for row in (t, t + 1))
             strip = (round(box.x0) + 1, above, round(box.x1), below)
             frame.paste(full.crop(strip), strip[:2])
-        draw.rectangle((0, full.height - 24, full.width, full.height), "white")
-        room = full.width // 8 - 14
-        draw.text((8, full.height - 21), f"{t + 1:4}  {''.join(labels[: t + 1])[-room:]}", "black", font)
+        draw.rectangle((0, full.height - 24 * scale, full.width, full.height), "white")
+        room = int(full.width / scale) // 8 - 14
+        draw.text((8, full.height - 21 * scale), f"{t + 1:4}  {''.join(labels[: t + 1])[-room:]}", "black", font)
         frames.append(frame.quantize(palette=palette, dither=Image.Dither.NONE))
     durations = [80] * (len(frames) - 1) + [3000]  # milliseconds
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
