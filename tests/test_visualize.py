@@ -406,7 +406,7 @@ def test_the_animation_grows_by_one_row_per_token(made: Path, run: Callable[...,
     coloured = []
     for number in range(8):
         gif.seek(number)
-        rgb = np.asarray(gif.convert("RGB"), dtype=int)[60:-40, : gif.width * 3 // 4]  # no title, scale, caption
+        rgb = np.asarray(gif.convert("RGB"), dtype=int)[60:-40, : gif.width * 4 // 5]  # no title, scale, caption
         coloured.append(int((rgb.max(axis=-1) - rgb.min(axis=-1) > 40).sum()))
     growth = np.diff([0, *coloured])
     assert (growth > 0).all()
