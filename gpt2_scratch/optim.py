@@ -4,7 +4,9 @@ import math
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -108,16 +110,7 @@ class Muon(torch.optim.AdamW):
         new = old.lerp(grads, 1 - momentum)
         torch._foreach_copy_(buffers, list(new.unbind()))
         update = grads.lerp(new, momentum)  # Nesterov's momentum
-        if hasattr(params[0], "to_local"):  # sharded: every rank orthogonalises the full matrices and keeps its shard
-            from torch.distributed.tensor import DTensor, Replicate, Shard
-
-            mesh, shape = cast(DTensor, params[0]).device_mesh, torch.Size((len(params), *params[0].shape))
-            stride = (shape[1] * shape[2], shape[2], 1)
-            update = DTensor.from_local(update, mesh, [Shard(1)], shape=shape, stride=stride).full_tensor()
-            update = DTensor.from_local(orthogonalize(update), mesh, [Replicate()], run_check=False)
-            update = update.redistribute(placements=[Shard(1)]).to_local()
-        else:
-            update = orthogonalize(update)
+        update = orthogonalize_together(update, params[0])
         rate = group["lr"] if found_inf is None else group["lr"] * (1 - found_inf)
         own = [to_local(p) for p in params]
         torch._foreach_mul_(own, 1 - rate * group["weight_decay"])
@@ -131,6 +124,31 @@ def to_local(tensor: Tensor) -> Tensor:
     DTensors are recognised by their methods, here and elsewhere: importing torch.distributed.tensor takes a second.
     """
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def orthogonalize_together(matrices: Tensor, like: Tensor) -> Tensor:
+    """`orthogonalize` with the work shared out over the ranks of a process group, if there is one. A collective.
+
+    Args:
+        matrices: (n, rows, columns); if sharded, this rank's rows of each.
+        like: the parameter of one of them, which tells how it is sharded.
+    """
+    if hasattr(like, "to_local"):
+        from torch.distributed.tensor import DTensor, Shard
+
+        mesh, shape = cast(DTensor, like).device_mesh, torch.Size((len(matrices), *like.shape))
+        layout: dict[str, Any] = {"shape": shape, "stride": (shape[1] * shape[2], shape[2], 1)}
+        rows = DTensor.from_local(matrices, mesh, [Shard(1)], **layout)
+        own = orthogonalize(rows.redistribute(placements=[Shard(0)]).to_local())  # all-to-all: n / ranks whole matrices
+        return DTensor.from_local(own, mesh, [Shard(0)], **layout).redistribute(placements=[Shard(1)]).to_local()
+    if not dist.is_initialized():
+        return orthogonalize(matrices)
+    ranks, n = dist.get_world_size(), len(matrices)
+    share = math.ceil(n / ranks)
+    padded = F.pad(matrices, (0, 0, 0, 0, 0, share * ranks - n))  # (ranks * share, rows, columns)
+    own = orthogonalize(padded[dist.get_rank() * share :][:share])
+    dist.all_gather_into_tensor(padded, own)
+    return padded[:n]
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from gpt2_scratch import optim
 from gpt2_scratch.optim import make_optimizer
 from gpt2_scratch.parallel import full_state, shard, shard_optimizer_state, unsharded
 from model import GPT, GPTConfig
@@ -31,12 +32,19 @@ def held(module: nn.Module) -> int:
 
 
 def in_each_process(rank: int, world_size: int, port: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    model, alone = fresh(), fresh()
-    shard(model, "fsdp", torch.float32)
-    optimizer, optimizer_alone = (make_optimizer(m, "muon", 1e-2, 0.1, 0.9, 0.95) for m in (model, alone))
-    step(model, optimizer)
+    model, replica, alone = fresh(), fresh(), fresh()
+    optimizer_alone = make_optimizer(alone, "muon", 1e-2, 0.1, 0.9, 0.95)
     step(alone, optimizer_alone)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    shard(model, "fsdp", torch.float32)
+    optimizer, optimizer_of_replica = (make_optimizer(m, "muon", 1e-2, 0.1, 0.9, 0.95) for m in (model, replica))
+    orthogonalized: list[int] = []
+    whole = optim.orthogonalize
+    optim.orthogonalize = lambda matrices: (orthogonalized.append(len(matrices)), whole(matrices))[1]
+    step(model, optimizer)
+    step(replica, optimizer_of_replica)
+    assert max(orthogonalized) == 1, "two layers in four processes: no rank orthogonalizes both matrices of a shape"
+    torch.testing.assert_close(replica.state_dict(), alone.state_dict(), atol=1e-5, rtol=1e-5)
     own = held(model)
     moments = sum(
         value.to_local().numel() for state in optimizer.state.values() for value in state.values() if value.dim()
