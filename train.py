@@ -248,6 +248,7 @@ def learning_rate(step: int, cfg: TrainConfig) -> float:
         warmup_steps=cfg.warmup_steps,
         learning_rate=cfg.learning_rate,
         min_learning_rate=cfg.min_learning_rate,
+        decay_share=cfg.decay_share,
     )
 
 

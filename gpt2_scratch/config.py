@@ -53,6 +53,7 @@ NonNegativeInt = Annotated[int, Rule("a whole number, 0 or more", lambda n: n >=
 PositiveFloat = Annotated[float, Rule("a number above 0", lambda x: x > 0), FINITE]
 NonNegativeFloat = Annotated[float, Rule("a number, 0 or more", lambda x: x >= 0), FINITE]
 Fraction = Annotated[float, Rule("a number from 0 to 1 (below 1)", lambda x: 0 <= x < 1)]
+Share = Annotated[float, Rule("a number above 0, at most 1", lambda x: 0 < x <= 1)]
 Text = Annotated[str, Rule("text in quotes", lambda _: True), Rule("one line of plain text", is_one_line)]
 Bool = Annotated[bool, Rule("true or false", lambda _: True)]
 Passages = Annotated[int | str, count_or("eval", 0, 'a whole number, 0 or more, or "eval"')]
@@ -100,7 +101,9 @@ class TrainConfig:
     warmup_steps: NonNegativeInt = 715
     """Steps over which the learning rate rises to its peak."""
     schedule: Annotated[str, one_of("cosine", "linear", "wsd")] = "cosine"
-    """How the learning rate decays after the warm-up; wsd: constant, then linear over the last fifth."""
+    """How the learning rate decays after the warm-up; wsd: constant, then linear over decay_share of the run."""
+    decay_share: Share = 0.2
+    """With wsd, the share of the run over which the learning rate decays."""
     optimizer: Annotated[str, one_of("adamw", "muon")] = "adamw"
     """muon: Muon for the matrices of the blocks, AdamW for the rest."""
     weight_decay: NonNegativeFloat = 0.1
@@ -180,9 +183,10 @@ class TrainConfig:
             UserError: a change would make it another run.
         """
         now = self.plain()
+        before = {name: field.default for name, field in FIELDS.items()} | before  # an old run lacks newer settings
         if self.dtype == "auto":  # keeps the run's
-            now["dtype"] = before.get("dtype")
-        changed = [name for name in now if name in before and before[name] != now[name]]
+            now["dtype"] = before["dtype"]
+        changed = [name for name in now if before[name] != now[name]]
         if fixed := [name for name in changed if name not in CHANGEABLE]:
             was, is_now = (", ".join(f"{name} {values[name]!r}" for name in fixed) for values in (before, now))
             flag = f"--{fixed[0]} {json.dumps(before[fixed[0]])}"

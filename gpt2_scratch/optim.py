@@ -167,17 +167,24 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def learning_rate_at(
-    step: int, *, schedule: str, max_steps: int, warmup_steps: int, learning_rate: float, min_learning_rate: float
+    step: int,
+    *,
+    schedule: str,
+    max_steps: int,
+    warmup_steps: int,
+    learning_rate: float,
+    min_learning_rate: float,
+    decay_share: float = 0.2,
 ) -> float:
     """The learning rate of a step, counted from 0.
 
     Rises linearly over `warmup_steps`, then falls to `min_learning_rate` at `max_steps`: along half a cosine
-    ("cosine"), linearly ("linear"), or constant until the last fifth of the run and then linearly ("wsd": warm-up,
-    stable, decay; Hu et al., MiniCPM, 2024, section 4).
+    ("cosine"), linearly ("linear"), or constant until the last `decay_share` of the run and then linearly ("wsd":
+    warm-up, stable, decay; Hu et al., MiniCPM, 2024, section 4).
     """
     if step < warmup_steps:
         return learning_rate * (step + 1) / warmup_steps
-    start = max(warmup_steps, int(0.8 * max_steps)) if schedule == "wsd" else warmup_steps
+    start = max(warmup_steps, int((1 - decay_share) * max_steps)) if schedule == "wsd" else warmup_steps
     done = min(1.0, max(0.0, (step - start) / max(1, max_steps - start)))
     share = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
     return min_learning_rate + share * (learning_rate - min_learning_rate)

@@ -191,6 +191,13 @@ def test_a_warmup_longer_than_the_run_is_shortened_and_said(capsys: pytest.Captu
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_run_older_than_a_setting_resumes_under_the_default_only(tmp_path: Path) -> None:
+    before = {name: value for name, value in TrainConfig(schedule="wsd").plain().items() if name != "decay_share"}
+    assert TrainConfig(schedule="wsd").check_resumable(before, tmp_path) == []
+    with pytest.raises(UserError, match=r"decay_share 0.2; now it is decay_share 0.7, .*--decay_share 0.2"):
+        TrainConfig(schedule="wsd", decay_share=0.7).check_resumable(before, tmp_path)
+
+
 def test_resuming_after_a_shortened_warmup_says_which_flag_goes_on(tmp_path: Path) -> None:
     """The same command line is the same run; a longer one would warm up for longer, so its warm-up must be given."""
     before = parse_config(["--max_steps", "20"])

@@ -38,7 +38,7 @@ Settings = dict[str, Any]
 # The smallest network that has everything. Without clipping, so that every gradient shows.
 SMALL: Settings = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "total_batch_size": 64, "batch_size": 2}
 SMALL |= {"max_steps": 3, "warmup_steps": 0, "schedule": "linear", "learning_rate": 1e-2, "min_learning_rate": 0.0}
-SMALL |= {"optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 0.0, "seed": 1337}
+SMALL |= {"optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 0.0, "seed": 1337, "decay_share": 0.2}
 SMALL |= {"initializer_range": 0.06, "data": "data/shakespeare", "dtype": "float32"}
 SMALL |= {"eval_interval": 0, "eval_tokens": 16, "checkpoint_interval": 0, "sample_interval": 0}
 FROZEN: Settings = {"learning_rate": 1e-30, "min_learning_rate": 0.0, "weight_decay": 0.0}  # weights stay as they were
@@ -119,7 +119,7 @@ def plain(**changed: Any) -> dict[str, Tensor]:
         rank=0,
         world_size=1,
     )
-    schedule = ("schedule", "max_steps", "warmup_steps", "learning_rate", "min_learning_rate")
+    schedule = ("schedule", "max_steps", "warmup_steps", "learning_rate", "min_learning_rate", "decay_share")
     muon = s["optimizer"] == "muon"
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     lines = []
@@ -207,19 +207,22 @@ def test_run_is_that_of_a_plain_loop(
     assert all(distance(left, plain(**beside, **{name: other})) > 1e-2 for other in wrong), "or it would prove nothing"
 
 
-@setting("schedule")
+@setting("schedule", "decay_share")
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
-        ("linear", [5e-3, 1e-2, 1e-2, 8.2e-3, 6.4e-3, 4.6e-3, 2.8e-3]),
-        ("cosine", [5e-3, 1e-2, 1e-2, 9.140576e-3, 6.890576e-3, 4.109424e-3, 1.859424e-3]),
-        ("wsd", [5e-3, 1e-2, 1e-2, 1e-2, 1e-2, 1e-2, 5.5e-3]),
+        ({"schedule": "linear"}, [5e-3, 1e-2, 1e-2, 8.2e-3, 6.4e-3, 4.6e-3, 2.8e-3]),
+        ({"schedule": "cosine"}, [5e-3, 1e-2, 1e-2, 9.140576e-3, 6.890576e-3, 4.109424e-3, 1.859424e-3]),
+        ({"schedule": "wsd"}, [5e-3, 1e-2, 1e-2, 1e-2, 1e-2, 1e-2, 5.5e-3]),
+        ({"schedule": "wsd", "decay_share": 0.5}, [5e-3, 1e-2, 1e-2, 1e-2, 7.75e-3, 5.5e-3, 3.25e-3]),
+        ({"schedule": "wsd", "decay_share": 1.0}, [5e-3, 1e-2, 1e-2, 8.2e-3, 6.4e-3, 4.6e-3, 2.8e-3]),
     ],
 )
-def test_learning_rate_of_each_step(workplace: Path, schedule: str, expected: list[float]) -> None:
-    left = left_by_run(run(schedule=schedule, max_steps=7, warmup_steps=2, min_learning_rate=1e-3))
+def test_learning_rate_of_each_step(workplace: Path, schedule: Settings, expected: list[float]) -> None:
+    settings = {**schedule, "max_steps": 7, "warmup_steps": 2, "min_learning_rate": 1e-3}
+    left = left_by_run(run(**settings))
     assert curve("run", "lr") == pytest.approx(expected, rel=1e-5)
-    assert distance(left, plain(schedule=schedule, max_steps=7, warmup_steps=2, min_learning_rate=1e-3)) < 1e-2
+    assert distance(left, plain(**settings)) < 1e-2
 
 
 @setting("data")
