@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from gpt2_scratch.config import parse_config
 from gpt2_scratch.optim import (
     learning_rate_at,
     load_optimizer,
@@ -112,6 +115,21 @@ def test_orthogonalize_keeps_directions_and_levels_singular_values(shape: tuple[
         values = torch.diagonal(u.T @ made @ vh.T)
         assert torch.allclose(u @ torch.diag(values) @ vh, made, atol=1e-9), "singular vectors stay"
         assert values[s > 0.02 * s[0]].min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize("name", ["gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m"])
+def test_muon_is_at_most_3_percent_of_a_step(name: str, ranks: int) -> None:
+    """By the operations of the busiest rank's matrix products, beside the model's on its share of the tokens."""
+    cfg = parse_config([str(ROOT / "configs" / f"{name}.toml")])
+    with torch.device("meta"):
+        model = GPT(GPTConfig(cfg.block_size, n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd))
+    shapes = [p.shape for key, p in model.h[0].named_parameters() if p.dim() == 2]
+    with FlopCounterMode(display=False) as counted:
+        for shape in shapes:
+            orthogonalize(torch.empty(math.ceil(cfg.n_layer / ranks), *shape, device="meta"))
+    of_model = model.flops_per_token() * cfg.total_batch_size / ranks
+    assert 0.001 < counted.get_total_flops() / of_model < 0.03
 
 
 def test_muon_steps_are_near_torchs_own() -> None:

@@ -38,7 +38,15 @@ Settings = dict[str, Any]
 # The smallest network that has everything. Without clipping, so that every gradient shows.
 SMALL: Settings = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "total_batch_size": 64, "batch_size": 2}
 SMALL |= {"max_steps": 3, "warmup_steps": 0, "schedule": "linear", "learning_rate": 1e-2, "min_learning_rate": 0.0}
-SMALL |= {"optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 0.0, "seed": 1337, "decay_share": 0.2}
+SMALL |= {
+    "optimizer": "adamw",
+    "weight_decay": 0.1,
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "grad_clip": 0.0,
+    "seed": 1337,
+    "decay_share": 0.2,
+}
 SMALL |= {"initializer_range": 0.06, "data": "data/shakespeare", "dtype": "float32"}
 SMALL |= {"eval_interval": 0, "eval_tokens": 16, "checkpoint_interval": 0, "sample_interval": 0}
 FROZEN: Settings = {"learning_rate": 1e-30, "min_learning_rate": 0.0, "weight_decay": 0.0}  # weights stay as they were
