@@ -199,7 +199,7 @@ def train_step(
     # Dropout is a function of the seed, the step and the rank, so a resumed run draws the same masks.
     torch.manual_seed(((cfg.seed * 1_000_003 + step) * 65_537 + rt.rank) % 2**63)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, cfg)
+        group["lr"] = learning_rate(step, cfg) * group["lr_scale"]
 
     loss = torch.zeros((), device=rt.device)
     for micro_step in range(n_micro):

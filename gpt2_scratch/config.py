@@ -112,6 +112,10 @@ class TrainConfig:
     """AdamW's decay rate of the first moment."""
     beta2: Fraction = 0.95
     """AdamW's decay rate of the second moment."""
+    momentum: Fraction = 0.95
+    """Muon's decay rate of the averaged gradient."""
+    embedding_lr_scale: PositiveFloat = 1.0
+    """With muon, the learning rate of token and position embeddings, as a multiple of the matrices'."""
     grad_clip: NonNegativeFloat = 1.0
     """Clip the gradient to this norm; 0: no clipping."""
 

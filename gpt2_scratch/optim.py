@@ -13,7 +13,8 @@ from torch import Tensor
 def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
     """Weight decay for matrices and embeddings; none for biases and LayerNorm parameters.
 
-    Decay pulls a weight towards 0, which regularises a matrix but would only shrink a LayerNorm's gain.
+    Decay pulls a weight towards 0, which regularises a matrix but would only shrink a LayerNorm's gain. A group's
+    learning rate is the run's times its `lr_scale`.
 
     Args:
         muon: put the matrices of the blocks into a group of their own, marked `muon`.
@@ -26,25 +27,38 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) 
     in_blocks = {id(p) for p in blocks}
     rest = [p for _, p in named if id(p) not in in_blocks]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "muon": False},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "muon": False},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "muon": False, "lr_scale": 1.0},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "muon": False, "lr_scale": 1.0},
     ]
     if blocks:
-        groups.append({"params": blocks, "weight_decay": weight_decay, "muon": True})
+        groups.append({"params": blocks, "weight_decay": weight_decay, "muon": True, "lr_scale": 1.0})
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for _, p in named), "every parameter must be in exactly one group"
     return groups
 
 
 def make_optimizer(
-    model: nn.Module, name: str, learning_rate: float, weight_decay: float, beta1: float, beta2: float
+    model: nn.Module,
+    name: str,
+    learning_rate: float,
+    weight_decay: float,
+    beta1: float,
+    beta2: float,
+    momentum: float = 0.95,
+    embedding_lr_scale: float = 1.0,
 ) -> torch.optim.AdamW:
     """ "adamw" (Loshchilov and Hutter, 2019) as one fused kernel, or "muon"; eps 1e-8.
+
+    Args:
+        momentum, embedding_lr_scale: of "muon" only.
 
     A step with the attribute `found_inf` (a float32 scalar on the device) at 1 changes nothing, except on MPS, whose
     kernel ignores it. torch.amp.GradScaler uses the same convention with fused optimizers.
     """
     groups = parameter_groups(model, weight_decay, name == "muon")
+    if name == "muon":
+        groups[0]["lr_scale"] = embedding_lr_scale
+        groups[-1]["momentum"] = momentum
     kind = Muon if name == "muon" else torch.optim.AdamW
     return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-8, fused=True)
 
@@ -58,8 +72,11 @@ def memory_of(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> bool:
     """Load a state_dict. Returns whether it has the state of every parameter, in its shape."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, settings):
+            group.update({name: value for name, value in values.items() if name not in group})  # newer than the state
         for group in optimizer.param_groups:
             names = ("momentum",) if group["muon"] else ("exp_avg", "exp_avg_sq")
             for p in group["params"]:
@@ -95,7 +112,7 @@ class Muon(torch.optim.AdamW):
                 if params:
                     self._update(params, group)
 
-    def _update(self, params: list[Tensor], group: dict, momentum: float = 0.95) -> None:
+    def _update(self, params: list[Tensor], group: dict) -> None:
         """Update matrices of one shape (rows, columns)."""
         for p in params:
             if not self.state[p]:
@@ -107,9 +124,9 @@ class Muon(torch.optim.AdamW):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             grads = torch.where(found_inf > 0, old, grads)  # interpolating between equals changes nothing
-        new = old.lerp(grads, 1 - momentum)
+        new = old.lerp(grads, 1 - group["momentum"])
         torch._foreach_copy_(buffers, list(new.unbind()))
-        update = grads.lerp(new, momentum)  # Nesterov's momentum
+        update = grads.lerp(new, group["momentum"])  # Nesterov's momentum
         update = orthogonalize_together(update, params[0])
         rate = group["lr"] if found_inf is None else group["lr"] * (1 - found_inf)
         own = [to_local(p) for p in params]

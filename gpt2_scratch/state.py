@@ -99,7 +99,16 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
         same_everywhere(rt, facts | {"sum of the weights": weight_checksums(model).sum().item()})
     if rt.world_size > 1 and cfg.parallel != "ddp":
         shard(model, cfg.parallel, getattr(torch, cfg.reduce_dtype))
-    optimizer = make_optimizer(model, cfg.optimizer, cfg.learning_rate, cfg.weight_decay, cfg.beta1, cfg.beta2)
+    optimizer = make_optimizer(
+        model,
+        cfg.optimizer,
+        cfg.learning_rate,
+        cfg.weight_decay,
+        cfg.beta1,
+        cfg.beta2,
+        cfg.momentum,
+        cfg.embedding_lr_scale,
+    )
     scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
     if checkpoint:
         if not load_optimizer(optimizer, saved["optimizer"]) and progress.step:

@@ -191,6 +191,22 @@ def test_only_the_state_of_such_an_optimizer_is_loaded(name: str) -> None:
         assert not load_optimizer(trained(8, name), {key: value for key, value in state.items() if key != lost})
 
 
+def test_state_from_before_a_groups_setting_loads_with_the_new_optimizers() -> None:
+    model = small_gpt()
+    optimizer = make_optimizer(model, "muon", 0.02, 0.1, 0.9, 0.95, momentum=0.8, embedding_lr_scale=2.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group.pop("momentum", None)
+        del group["lr_scale"]
+    fresh = make_optimizer(small_gpt(), "muon", 0.02, 0.1, 0.9, 0.95)
+    assert load_optimizer(fresh, state)
+    assert [group["lr_scale"] for group in fresh.param_groups] == [1.0, 1.0, 1.0]
+    assert fresh.param_groups[-1]["momentum"] == 0.95
+
+
 def test_tied_weights_are_updated_once() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
     model[1].weight = model[0].weight

@@ -38,15 +38,8 @@ Settings = dict[str, Any]
 # The smallest network that has everything. Without clipping, so that every gradient shows.
 SMALL: Settings = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "total_batch_size": 64, "batch_size": 2}
 SMALL |= {"max_steps": 3, "warmup_steps": 0, "schedule": "linear", "learning_rate": 1e-2, "min_learning_rate": 0.0}
-SMALL |= {
-    "optimizer": "adamw",
-    "weight_decay": 0.1,
-    "beta1": 0.9,
-    "beta2": 0.95,
-    "grad_clip": 0.0,
-    "seed": 1337,
-    "decay_share": 0.2,
-}
+SMALL |= {"optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 0.0, "seed": 1337}
+SMALL |= {"decay_share": 0.2, "momentum": 0.95, "embedding_lr_scale": 1.0}
 SMALL |= {"initializer_range": 0.06, "data": "data/shakespeare", "dtype": "float32"}
 SMALL |= {"eval_interval": 0, "eval_tokens": 16, "checkpoint_interval": 0, "sample_interval": 0}
 FROZEN: Settings = {"learning_rate": 1e-30, "min_learning_rate": 0.0, "weight_decay": 0.0}  # weights stay as they were
@@ -143,14 +136,16 @@ def plain(**changed: Any) -> dict[str, Tensor]:
             decay = s["weight_decay"] if p.dim() == 2 else 0.0
             with torch.no_grad():
                 if muon and name.startswith("h.") and p.dim() == 2:
-                    mean.mul_(0.95).add_(0.05 * g)
-                    update = 0.2 * max(p.shape) ** 0.5 * orthogonalize((0.05 * g + 0.95 * mean)[None])[0]
+                    m = s["momentum"]
+                    mean.mul_(m).add_((1 - m) * g)
+                    update = 0.2 * max(p.shape) ** 0.5 * orthogonalize(((1 - m) * g + m * mean)[None])[0]
                 else:
                     mean.mul_(s["beta1"]).add_((1 - s["beta1"]) * g)
                     square.mul_(s["beta2"]).add_((1 - s["beta2"]) * g * g)
                     corrected = square / (1 - s["beta2"] ** (step + 1))
                     update = mean / (1 - s["beta1"] ** (step + 1)) / (corrected.sqrt() + 1e-8)
-                p -= rate * (decay * p + update)
+                scale = s["embedding_lr_scale"] if muon and name in ("wte.weight", "wpe.weight") else 1.0
+                p -= scale * rate * (decay * p + update)
         lines.append([loss.item(), norm, rate])
     left = {"lines": torch.tensor(lines)} | {name: p.detach() for name, p in model.named_parameters()}
     return left | {f"mean of {name}": mean for name, (mean, _) in moments.items()}
@@ -184,7 +179,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @setting("seed", "n_layer", "n_head", "n_embd", "block_size", "initializer_range", "total_batch_size", "max_steps")
 @setting("learning_rate", "min_learning_rate", "warmup_steps", "optimizer", "weight_decay", "beta1", "beta2")
-@setting("grad_clip")
+@setting("grad_clip", "momentum", "embedding_lr_scale")
 @pytest.mark.parametrize(
     ("name", "value", "wrong", "beside"),  # wrong: values that would leave something else
     [
@@ -204,6 +199,8 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         ("weight_decay", 3.0, [0.0, 1.5, 6.0], {"optimizer": "muon"}),
         ("beta1", 0.6, [0.0, 0.3, 0.9], {}),
         ("beta2", 0.4, [0.0, 0.8, 0.95], {}),
+        ("momentum", 0.6, [0.3, 0.8, 0.95], {"optimizer": "muon"}),
+        ("embedding_lr_scale", 3.0, [0.5, 1.0, 2.0], {"optimizer": "muon"}),
         ("grad_clip", 0.2, [0.0, 0.1, 0.4], {}),
     ],
 )
