@@ -185,9 +185,9 @@ def test_a_warmup_longer_than_the_run_is_shortened_and_said(capsys: pytest.Captu
     recipe = str(ROOT / "configs" / "gpt2_124m.toml")
     config = parse_config([recipe, "--max_steps", "20"])
     assert (config.max_steps, config.warmup_steps) == (20, 2)
-    said = "warmup_steps 715 is longer than the run of 20 steps; shortened to 2\n"
+    said = "warmup_steps 190 is longer than the run of 20 steps; shortened to 2\n"
     assert capsys.readouterr() == (said, "")
-    assert parse_config([recipe, "--max_steps", "800"]).warmup_steps == 715
+    assert parse_config([recipe, "--max_steps", "800"]).warmup_steps == 190
     assert capsys.readouterr() == ("", "")
 
 

@@ -31,7 +31,7 @@ SMALL = f"--block_size 32 --total_batch_size 256 --batch_size 4 --max_steps {STE
 SMALL += "--eval_interval 4 --eval_tokens 512 --checkpoint_interval 3 --log_interval 1 --keep_checkpoints 9"
 NETWORK = "--n_layer 2 --n_head 2 --n_embd 32"
 # Once they are as small these give the pictures of finetune_shakespeare, with its vocabulary: ten seconds each.
-DRAWN_ALIKE = ("gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m")
+DRAWN_ALIKE = ("gpt2_124m", "gpt2_124m_adamw", "gpt2_350m", "gpt2_774m", "gpt2_1558m")
 GPT2_ENCODING = functools.cache(tokenizers._gpt2_encoding)  # else half a second for each of sixty uses
 TEXT = "ROMEO:\nTo be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n\n"
 
