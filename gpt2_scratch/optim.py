@@ -164,7 +164,7 @@ def orthogonalize_together(matrices: Tensor, like: Tensor) -> Tensor:
     share = math.ceil(n / ranks)
     padded = F.pad(matrices, (0, 0, 0, 0, 0, share * ranks - n))  # (ranks * share, rows, columns)
     own = orthogonalize(padded[dist.get_rank() * share :][:share])
-    dist.all_gather_into_tensor(padded, own)
+    dist.all_gather(list(padded.chunk(ranks)), own)
     return padded[:n]
 
 
