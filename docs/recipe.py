@@ -24,7 +24,7 @@ SHAPE = {64: (2, 0.07), 128: (4, 0.05)}  # width: layers, initializer_range; hea
 RATES = {
     ("muon", 64): (8e-3, 16e-3, 32e-3),
     ("muon", 128): (5.66e-3, 11.3e-3, 22.6e-3),
-    ("adamw", 64): (4e-3, 8e-3, 16e-3),
+    ("adamw", 64): (2e-3, 4e-3, 8e-3, 16e-3),
     ("adamw", 128): (2.83e-3, 5.66e-3, 11.3e-3),
 }
 PARTS = {  # what is changed in the run of Muon at PARTS_RATE and width 64
