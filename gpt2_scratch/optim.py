@@ -171,29 +171,15 @@ def orthogonalize_together(matrices: Tensor, like: Tensor) -> Tensor:
 def orthogonalize(matrices: Tensor) -> Tensor:
     """Push the singular values of matrices (n, rows, columns) towards 1, into about 0.7 to 1.2.
 
-    Five steps of the quintic Newton-Schulz iteration, x <- a x + b (x x') x + c (x x')^2 x, with the coefficients of
-    Jordan et al. (2024).
+    Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. (2024).
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if matrices.is_cuda else matrices
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.transpose(1, 2)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    rows, columns = x.shape[1:]
-    if x.device.type == "cpu" and rows < columns:
-        # The same steps on x x', which is smaller than x: half the work. It takes float32: bfloat16 would round away
-        # the squares of small singular values.
-        gram, product = x @ x.transpose(1, 2), torch.eye(rows, dtype=x.dtype).expand(len(x), rows, rows)
-        for _ in range(5):
-            factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # a step multiplies x by a + factor
-            product = torch.baddbmm(product, factor, product, beta=a)
-            half = torch.baddbmm(gram, factor, gram, beta=a)
-            gram = torch.baddbmm(half, half, factor, beta=a)  # of the new x
-        x = product @ x
-    else:
-        for _ in range(5):
-            gram = x @ x.transpose(1, 2)  # (n, rows, rows)
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    for _ in range(5):
+        gram = x @ x.transpose(1, 2)  # (n, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return (x if wide else x.transpose(1, 2)).to(matrices.dtype)
 
 

@@ -117,13 +117,6 @@ def test_orthogonalize_keeps_directions_and_levels_singular_values(shape: tuple[
         assert values[s > 0.02 * s[0]].min() > 0.6 and values.max() < 1.3
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (32, 128), (128, 32)])
-def test_orthogonalize_in_float32_takes_singular_values_far_apart(shape: tuple[int, int]) -> None:
-    u, _, vh = torch.linalg.svd(torch.randn(*shape, dtype=torch.float64), full_matrices=False)
-    matrix = (u @ torch.diag(torch.logspace(0, -4, 32, dtype=torch.float64)) @ vh)[None]
-    assert (orthogonalize(matrix.float()) - orthogonalize(matrix)).abs().max() < 2e-3
-
-
 @pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize("name", ["gpt2_124m", "gpt2_350m", "gpt2_774m", "gpt2_1558m"])
 def test_muon_is_at_most_3_percent_of_a_step(name: str, ranks: int) -> None:
