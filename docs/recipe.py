@@ -46,7 +46,7 @@ PARTS = {  # what is changed in the run of Muon at PARTS_RATE and width 64
 PARTS_RATE = 16e-3
 WIDEST, ADAMW_RATE, MUON_RATE, RECIPE = (
     128,
-    5.66e-3,
+    2.83e-3,
     11.3e-3,
     "--momentum 0.9 --embedding_lr_scale 2",
 )  # three seeds, 600 steps against 360
