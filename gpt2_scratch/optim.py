@@ -9,6 +9,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+TOGETHER = 2**27  # numbers in the matrices that Muon updates at a time, which takes about five times their memory
+
 
 def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
     """Weight decay for matrices and embeddings; none for biases and LayerNorm parameters.
@@ -109,8 +111,9 @@ class Muon(torch.optim.AdamW):
             shapes = {p.shape for p in group["params"]} if group["muon"] else ()
             for shape in sorted(shapes):
                 params = [p for p in group["params"] if p.shape == shape and p.grad is not None]
-                if params:
-                    self._update(params, group)
+                n = max(8, TOGETHER // shape.numel() // 8 * 8)  # eights divide evenly among the GPUs of a node
+                for i in range(0, len(params), n):
+                    self._update(params[i : i + n], group)
 
     def _update(self, params: list[Tensor], group: dict) -> None:
         """Update matrices of one shape (rows, columns)."""

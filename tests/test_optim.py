@@ -1,5 +1,6 @@
 """Learning-rate schedules, parameter groups and the optimizer's arithmetic."""
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpt2_scratch import optim
 from gpt2_scratch.config import parse_config
 from gpt2_scratch.optim import (
     learning_rate_at,
@@ -130,6 +132,22 @@ def test_muon_is_at_most_3_percent_of_a_step(name: str, ranks: int) -> None:
             orthogonalize(torch.empty(math.ceil(cfg.n_layer / ranks), *shape, device="meta"))
     of_model = model.flops_per_token() * cfg.total_batch_size / ranks
     assert 0.001 < counted.get_total_flops() / of_model < 0.03
+
+
+def test_muon_updates_many_matrices_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten of a shape, eight and then two, as all at once: the turns bound its memory."""
+    model = GPT(GPTConfig(8, 16, n_layer=10, n_head=1, n_embd=8))
+    twin, turns = copy.deepcopy(model), []
+    monkeypatch.setattr(optim, "orthogonalize", lambda x: (turns.append(len(x)), orthogonalize(x))[1])
+    for net, together in ((model, 1), (twin, 2**27)):
+        monkeypatch.setattr(optim, "TOGETHER", together)
+        torch.manual_seed(0)
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        make_optimizer(net, "muon", 0.1, 0.1, 0.9, 0.95).step()
+    assert turns == [8, 2] * 4 + [10] * 4
+    for p, other in zip(model.parameters(), twin.parameters()):
+        torch.testing.assert_close(p, other, rtol=1e-5, atol=1e-6)
 
 
 def test_muon_steps_are_near_torchs_own() -> None:
