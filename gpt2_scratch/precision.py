@@ -62,7 +62,7 @@ def training(batch_size: int, config: GPTConfig, dtype: torch.dtype) -> float:
     B = min(batch_size, 256 // T)
     with torch.device("meta"):
         block = Block(config, 0)
-    block.to_empty(device="cpu").requires_grad_()
+    block.to_empty(device="cpu").eval()  # dropout would draw random numbers
     for p in block.parameters():
         nn.init.constant_(p, 0.01)
     x = torch.ones(B, T, config.n_embd, requires_grad=True)

@@ -81,7 +81,7 @@ def test_processes_take_the_dtype_of_rank_0(times: dict, monkeypatch: pytest.Mon
     assert pick_dtype("auto", CPU, SMALL, 8, Runtime(CPU, rank=1, world_size=2))[0] == torch.float32
 
 
-@pytest.mark.parametrize("config", [SMALL, GPTConfig(block_size=1000, n_layer=1, n_head=3, n_embd=96, post_norm=True)])
+@pytest.mark.parametrize("config", [SMALL, GPTConfig(block_size=1000, n_layer=1, n_head=3, n_embd=96, dropout=0.1)])
 def test_measurements_run_the_network_and_leave_random_numbers_alone(config: GPTConfig) -> None:
     state = torch.random.get_rng_state()
     for dtype in (torch.float32, torch.bfloat16):
