@@ -2,7 +2,7 @@
 
 The networks are 64 and 128 wide and see each byte of Linux's documentation at most once; docs/performance.md says how
 to prepare it. A run is a train.py process of one thread, `--jobs` of them at a time. Runs that have ended are kept in
-out/, so this may be stopped and started again.
+out/, so this may be stopped and started again. All take 14 minutes on two idle cores of an AMD EPYC.
 """
 
 import argparse
@@ -44,12 +44,8 @@ PARTS = {  # what is changed in the run of Muon at PARTS_RATE and width 64
     "no clipping": "--grad_clip 0",
 }
 PARTS_RATE = 16e-3
-WIDEST, ADAMW_RATE, MUON_RATE, RECIPE = (
-    128,
-    2.83e-3,
-    11.3e-3,
-    "--momentum 0.9 --embedding_lr_scale 2",
-)  # three seeds, 600 steps against 360
+WIDEST, ADAMW_RATE, MUON_RATE = 128, 2.83e-3, 11.3e-3  # three seeds, 600 steps against 360
+RECIPE = "--momentum 0.9 --embedding_lr_scale 2"
 NOISE = 0.007  # standard deviation of a loss between seeds, nats per byte
 EXTRAPOLATE = (768, 1024, 1280, 1600)
 
@@ -160,6 +156,8 @@ def draw(losses: dict[tuple[str, int], list[float]]) -> None:
             (line,) = ax.semilogx(rates, found, "o", label=f"width {width}")
             finer = np.geomspace(rates[0], rates[-1])
             ax.plot(finer, np.polyval(np.polyfit(np.log(rates), found, 2), np.log(finer)), color=line.get_color())
+        ax.set_xticks(RATES[optimizer, 64], [f"{rate:g}" for rate in RATES[optimizer, 64]])
+        ax.set_xticks([], minor=True)
         ax.set(title={"muon": "Muon", "adamw": "AdamW"}[optimizer], xlabel="learning rate")
         ax.legend()
     axes[0].set_ylabel("validation loss, nats per byte")
