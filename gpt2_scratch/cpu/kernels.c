@@ -11,23 +11,20 @@
 #include <stdlib.h>
 #include <string.h>
 
-// What differs between registers of 512 and of 256 bits. V(add_ps) is _mm512_add_ps or _mm256_add_ps.
+// What differs between registers of 512 and of 256 bits. V(add_ps) is _mm512_add_ps or _mm256_add_ps, and INTS(and)
+// _mm512_and_si512 or _mm256_and_si256.
 #ifdef __AVX512BW__
 #define V(name) _mm512_##name
+#define INTS(name) _mm512_##name##_si512
 enum { LANES = 16, ROWS = 8 };  // floats in a register; rows whose sums fit the registers
 typedef __m512 Floats;
 typedef __m512i Ints;
 
-static inline Ints load(const void *from) { return _mm512_loadu_si512(from); }
-static inline Ints zero_ints(void) { return _mm512_setzero_si512(); }
 static inline Ints gather(const uint16_t *from, Ints steps)
 {
     return _mm512_i32gather_epi32(steps, from, sizeof *from);
 }
-static inline Ints bits_of(Floats x) { return _mm512_castps_si512(x); }
 static inline Floats of_bits(Ints x) { return _mm512_castsi512_ps(x); }
-static inline Ints and_bits(Ints a, Ints b) { return _mm512_and_si512(a, b); }
-static inline Ints or_bits(Ints a, Ints b) { return _mm512_or_si512(a, b); }
 static inline Ints four_times(const void *from) { return _mm512_broadcast_i32x4(_mm_loadu_si128(from)); }
 static inline Floats of_int8(const char *from)
 {
@@ -57,20 +54,16 @@ static inline Ints mark(Ints from, uint8_t byte, char j, Ints codes, uint64_t *k
 static const uint64_t ALL_BYTES = -1;
 #else
 #define V(name) _mm256_##name
+#define INTS(name) _mm256_##name##_si256
 enum { LANES = 8, ROWS = 6 };
 typedef __m256 Floats;
 typedef __m256i Ints;
 
-static inline Ints load(const void *from) { return _mm256_loadu_si256(from); }
-static inline Ints zero_ints(void) { return _mm256_setzero_si256(); }
 static inline Ints gather(const uint16_t *from, Ints steps)
 {
     return _mm256_i32gather_epi32((const int *)from, steps, sizeof *from);
 }
-static inline Ints bits_of(Floats x) { return _mm256_castps_si256(x); }
 static inline Floats of_bits(Ints x) { return _mm256_castsi256_ps(x); }
-static inline Ints and_bits(Ints a, Ints b) { return _mm256_and_si256(a, b); }
-static inline Ints or_bits(Ints a, Ints b) { return _mm256_or_si256(a, b); }
 static inline Ints four_times(const void *from) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(from)); }
 static inline Floats of_int8(const char *from)
 {
@@ -111,6 +104,8 @@ static inline Ints mark(Ints from, uint8_t byte, char j, Ints codes, uint64_t *k
 static const uint64_t ALL_BYTES = (uint32_t)-1;
 #endif
 
+static inline Ints load(const void *from) { return INTS(loadu)((const Ints *)from); }
+
 enum { OUTPUTS = 2 * LANES, AHEAD = 8192 };  // per tile row; bytes to prefetch
 const int tile_outputs = OUTPUTS;
 
@@ -134,7 +129,7 @@ static inline Floats gelu(Floats x)  // tanh form: x / (1 + exp(-z)) with z = sq
 {
     Floats one = V(set1_ps)(1), cubic = V(mul_ps)(V(set1_ps)(0.044715f), V(mul_ps)(x, x));
     Floats z = V(mul_ps)(V(mul_ps)(V(set1_ps)(1.5957691216f), x), V(add_ps)(one, cubic));
-    Floats small = exponential(of_bits(or_bits(bits_of(z), V(set1_epi32)(1 << 31))));  // of -|z|
+    Floats small = exponential(of_bits(INTS(or)(INTS(castps)(z), V(set1_epi32)(1 << 31))));  // of -|z|
     return V(div_ps)(where_negative(z, V(mul_ps)(x, small), x), V(add_ps)(one, small));
 }
 
@@ -173,7 +168,7 @@ static inline __attribute__((always_inline)) const char *read_bfloat16(
         Ints codes = load(w + 2 * REGISTER);
         for (int i = 0; i < 2; i++, codes = V(srli_epi16)(codes, 4)) {
             Ints lowers = load(w + REGISTER * i);
-            Ints uppers = V(shuffle_epi8)(upper, and_bits(codes, nibble));
+            Ints uppers = V(shuffle_epi8)(upper, INTS(and)(codes, nibble));
             pairs[i][0] = V(unpacklo_epi8)(lowers, uppers);
             pairs[i][1] = V(unpackhi_epi8)(lowers, uppers);
         }
@@ -186,7 +181,7 @@ static inline __attribute__((always_inline)) const char *read_bfloat16(
     for (int i = 0; i < 2; i++)
         EACH_HALF {  // bfloat16 is the upper half of float32
             weights[2 * i][h] = of_bits(V(slli_epi32)(pairs[i][h], 16));
-            weights[2 * i + 1][h] = of_bits(and_bits(pairs[i][h], V(set1_epi32)(0xffff0000)));
+            weights[2 * i + 1][h] = of_bits(INTS(and)(pairs[i][h], V(set1_epi32)(0xffff0000)));
         }
     return w;
 }
@@ -280,19 +275,19 @@ static inline long pack_block(const uint16_t *w, long K, const uint8_t *upper, I
     int32_t rows[LANES];
     for (int i = 0; i < LANES; i++)
         rows[i] = i * K;
-    Ints pairs[4], lower[2], all_codes = zero_ints(), byte = V(set1_epi16)(255);
+    Ints pairs[4], lower[2], all_codes = INTS(setzero)(), byte = V(set1_epi16)(255);
     uint64_t known = ALL_BYTES;
     for (int i = 0; i < 4; i++)
         pairs[i] = gather(w + i % 2 * LANES * K + i / 2 * 2, load(rows));
     for (int i = 0; i < 2; i++) {
-        Ints a = pairs[2 * i], b = pairs[2 * i + 1], codes = zero_ints();
+        Ints a = pairs[2 * i], b = pairs[2 * i + 1], codes = INTS(setzero)();
         Ints uppers = V(packus_epi16)(V(srli_epi16)(a, 8), V(srli_epi16)(b, 8));  // unpack_epi8's order
         uint64_t found = 0;
         for (int j = 0; j < 16; j++)
             codes = mark(uppers, upper[j], j, codes, &found);
         known &= found;
-        lower[i] = V(packus_epi16)(and_bits(a, byte), and_bits(b, byte));
-        all_codes = or_bits(all_codes, V(slli_epi16)(codes, 4 * i));
+        lower[i] = V(packus_epi16)(INTS(and)(a, byte), INTS(and)(b, byte));
+        all_codes = INTS(or)(all_codes, V(slli_epi16)(codes, 4 * i));
     }
     const int packed = known == ALL_BYTES;
     block[0] = packed ? lower[0] : pairs[0];
@@ -349,7 +344,7 @@ static inline Floats widen(const uint16_t *from)
 
 static inline void narrow(uint16_t *to, Floats x)  // rounds to nearest even
 {
-    Ints bits = bits_of(x), odd = and_bits(V(srli_epi32)(bits, 16), V(set1_epi32)(1));
+    Ints bits = INTS(castps)(x), odd = INTS(and)(V(srli_epi32)(bits, 16), V(set1_epi32)(1));
     bits = V(add_epi32)(bits, V(add_epi32)(odd, V(set1_epi32)(0x7fff)));
     store_halves(to, V(srli_epi32)(bits, 16));
 }
