@@ -38,7 +38,7 @@ from gpt2_scratch.dataset import TokenDataset, read_meta, training_batches, writ
 from gpt2_scratch.device import describe, peak_flops, pick_device
 from gpt2_scratch.generation import Generation
 from gpt2_scratch.metrics import MetricsLog
-from gpt2_scratch.precision import pick_dtype
+from gpt2_scratch.precision import dtype_name, pick_dtype
 from gpt2_scratch.rivals import RIVALS
 from gpt2_scratch.sources import plays
 from gpt2_scratch.tokenizer import load_tokenizer
@@ -178,8 +178,8 @@ def time_training(cfg: TrainConfig, folder: Path, trace: Path | None) -> dict[st
     os.chdir(folder)
     shutil.rmtree("out", ignore_errors=True)
     gpt, device = shape(cfg, read_meta(cfg.data)["vocab_size"]), pick_device(cfg.device)
-    dtype, _ = pick_dtype(cfg.dtype, device, gpt, 1 if cfg.batch_size == "auto" else int(cfg.batch_size))
-    cfg = dataclasses.replace(cfg, dtype=str(dtype).removeprefix("torch."))
+    dtype, _ = pick_dtype(cfg.dtype, device, gpt, cfg.batch_size)
+    cfg = dataclasses.replace(cfg, dtype=dtype_name(dtype))
     lines: list[tuple[float, dict]] = []
     profiler = torch.profiler.profile() if trace else None
     write = MetricsLog.write
@@ -341,7 +341,7 @@ def contenders(args: argparse.Namespace, device: torch.device, folder: Path) -> 
         int8 = name == "int8"
         dtype = auto if name == "auto" else pick_dtype(name, device, config)[0]
         model = prepare(GPT(config).eval().to(device, dtype), int8, args.compile)
-        kind = "int8" if int8 else str(dtype).removeprefix("torch.")
+        kind = "int8" if int8 else dtype_name(dtype)
         yield Contender("gpt2-scratch", kind, partial(ours, model, args.new_tokens, args.compile), weight_bytes(model))
     supported = device.type != "cpu" or can_pack()  # else PyTorch's bfloat16 takes many times as long as float32
     for dtype in dict.fromkeys([torch.float32, *([auto] if supported else [])]):
@@ -350,8 +350,8 @@ def contenders(args: argparse.Namespace, device: torch.device, folder: Path) -> 
         def generate(prompt: torch.Tensor, n: int, other: Any = other) -> None:
             other.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0)
 
-        kind = str(dtype).removeprefix("torch.")
-        yield Contender("transformers", kind, partial(theirs, generate, args.new_tokens), weight_bytes(other))
+        time = partial(theirs, generate, args.new_tokens)
+        yield Contender("transformers", dtype_name(dtype), time, weight_bytes(other))
     for program in args.others:
         try:
             for rival in RIVALS[program](GPT(config).eval(), folder):

@@ -20,7 +20,7 @@ from gpt2_scratch.cli import UserError, count, run_script
 from gpt2_scratch.dataset import open_shard, read_meta
 from gpt2_scratch.device import autocast_to, describe
 from gpt2_scratch.distributed import Runtime, all_ranks_or_none, process_group, recorded
-from gpt2_scratch.precision import pick_dtype
+from gpt2_scratch.precision import dtype_name, pick_dtype
 from gpt2_scratch.scoring import (
     HUB,
     Example,
@@ -166,9 +166,9 @@ def evaluate(args: argparse.Namespace, rt: Runtime) -> None:
             raise UserError(f"{args.data} can be read only once, and there are {rt.world_size} processes; give a file")
         model, examples = load(args, source, rt.device)
     dtype, reason = pick_dtype(args.dtype, rt.device, model.config, args.batch_size, rt)
-    kind = str(dtype).removeprefix("torch.")
+    kind = dtype_name(dtype)
     if rt.is_main:
-        print(f"{source} on {describe(rt.device)} in {kind}{reason and f' ({reason})'}", file=sys.stderr)
+        print(f"{source} on {describe(rt.device)} in {dtype_name(dtype, reason)}", file=sys.stderr)
     scores = {}
     for task, found in examples.items():
         scores[task] = score(model, task, found, args.batch_size, dtype, rt)

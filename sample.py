@@ -20,7 +20,7 @@ from gpt2_scratch.cli import UserError, as_text, count, number, run_script
 from gpt2_scratch.cpu.decode import kernels, prepare
 from gpt2_scratch.device import describe, pick_device
 from gpt2_scratch.generation import Generation
-from gpt2_scratch.precision import pick_dtype
+from gpt2_scratch.precision import dtype_name, pick_dtype
 from gpt2_scratch.scoring import not_finite
 from gpt2_scratch.sources import read_text
 from gpt2_scratch.tokenizer import Tokenizer
@@ -142,7 +142,7 @@ class Sampler:
 
         with ThreadPoolExecutor(1) as pool:
             model, self.tokenizer = load_model_and_tokenizer(self.source, dtype=dtype_of, device=self.device)
-        self.kind = "int8" if int8 else str(model.wte.weight.dtype).removeprefix("torch.")
+        self.kind = "int8" if int8 else dtype_name(model.wte.weight.dtype)
         self.model = prepare(model, int8, self.compile)
         print(f"{self.source} on {describe(self.device)} in {self.kind}{reason and f' ({reason})'}", file=sys.stderr)
         self.seed = int(torch.randint(2**62, ())) if args.seed is None else args.seed

@@ -36,6 +36,7 @@ from gpt2_scratch.interrupt import Interrupt, StepInterrupted, interrupt_within,
 from gpt2_scratch.metrics import MetricsLog, Speed
 from gpt2_scratch.optim import learning_rate_at, memory_of
 from gpt2_scratch.parallel import LossFunction, full_state, unsharded, wrap
+from gpt2_scratch.precision import dtype_name
 from gpt2_scratch.run import check_replicas, end_for_nonfinite_steps, open_run, start_writing
 from gpt2_scratch.scoring import judge_all, summarise
 from gpt2_scratch.signals import StopSignals
@@ -71,7 +72,7 @@ def train(cfg: TrainConfig) -> None:
         if checkpoint:
             print0(rt, "; ".join([f"resuming from {checkpoint}", *state.changes]))
         processes = "1 process" if rt.world_size == 1 else f"{rt.world_size} processes ({cfg.parallel})"
-        kind = str(state.dtype).removeprefix("torch.") + (state.dtype_reason and f" ({state.dtype_reason})")
+        kind = dtype_name(state.dtype, state.dtype_reason)
         print0(
             rt,
             f"training {state.model.num_params():,} parameters on {describe(rt.device)} in {kind}, {processes}, "
@@ -288,7 +289,7 @@ def log_step(
 def save(cfg: TrainConfig, state: TrainState, writer: CheckpointWriter | None, wait: bool) -> None:
     """Write a checkpoint, in the background unless `wait`. A collective."""
     keep = writer is not None
-    settings = cfg.plain() | {"dtype": str(state.dtype).removeprefix("torch.")}  # a resumed run keeps what "auto" chose
+    settings = cfg.plain() | {"dtype": dtype_name(state.dtype)}  # a resumed run keeps what "auto" chose
     contents = {"progress": asdict(state.progress), "settings": settings, "data": state.data_fingerprint}
     contents["optimizer"] = full_state(state.optimizer.state_dict(), keep)
     contents["scaler"] = state.scaler.state_dict()

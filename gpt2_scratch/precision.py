@@ -19,8 +19,13 @@ CPU = torch.device("cpu")
 REPAYS = 5
 
 
+def dtype_name(dtype: torch.dtype, reason: str = "") -> str:
+    """Such as "bfloat16", or "bfloat16 (reason)"."""
+    return str(dtype).removeprefix("torch.") + (reason and f" ({reason})")
+
+
 def pick_dtype(
-    name: str, device: torch.device, config: GPTConfig, batch_size: int | None = None, rt: Runtime | None = None
+    name: str, device: torch.device, config: GPTConfig, batch_size: int | str | None = None, rt: Runtime | None = None
 ) -> tuple[torch.dtype, str]:
     """The dtype with a name, and why; "auto" is the fastest that is precise enough on the device.
 
@@ -30,7 +35,7 @@ def pick_dtype(
     weights; this is the dtype of the rest.
 
     Args:
-        batch_size: sequences of a training step; None: to generate text.
+        batch_size: sequences of a micro-step, or "auto", which counts as 1; None: to generate text.
         rt: the processes that all call this; measurements differ, and on a CPU that of rank 0 counts.
 
     Returns:
@@ -56,10 +61,10 @@ def pick_dtype(
     return (torch.bfloat16 if share <= 0.9 else torch.float32), reason
 
 
-def training(batch_size: int, config: GPTConfig, dtype: torch.dtype) -> float:
+def training(batch_size: int | str, config: GPTConfig, dtype: torch.dtype) -> float:
     """Seconds that one block takes forward and backward on a CPU, for a batch of at most 256 tokens."""
     T = min(config.block_size, 256)
-    B = min(batch_size, 256 // T)
+    B = 1 if batch_size == "auto" else min(int(batch_size), 256 // T)
     with torch.device("meta"):
         block = Block(config, 0)
     block.to_empty(device="cpu").eval()  # dropout would draw random numbers
@@ -76,7 +81,7 @@ def training(batch_size: int, config: GPTConfig, dtype: torch.dtype) -> float:
 
 @torch.no_grad()
 def decoding(config: GPTConfig, dtype: torch.dtype) -> float:
-    """Seconds that one token takes to read the network's weights on a CPU, by that of at most 64 MiB of float32."""
+    """Seconds to read the network's weights once on a CPU, as each token does: from at most 64 MiB of them."""
     C = config.n_embd
     weights = 12 * config.n_layer * C * C + config.padded_vocab_size * C
     n = max(1, min(4 * weights, 2**26) // (16 * C * C))  # products of C by 4 * C

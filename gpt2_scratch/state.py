@@ -92,8 +92,7 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
         hellaswag = check_fit(build("hellaswag", rows, tokenizer, block_size, block_size), block_size)
     # From here on ranks call collectives, so whatever can fail on one alone must have failed by now.
     name = saved["settings"]["dtype"] if saved and cfg.dtype == "auto" else cfg.dtype
-    batch_size = 1 if cfg.batch_size == "auto" else int(cfg.batch_size)
-    dtype, dtype_reason = pick_dtype(name, rt.device, model.config, batch_size, rt)
+    dtype, dtype_reason = pick_dtype(name, rt.device, model.config, cfg.batch_size, rt)
     if rt.peers:
         facts = {"fingerprint of the data": data_fingerprint[:12], "dtype as resolved": str(dtype)}
         same_everywhere(rt, facts | {"sum of the weights": weight_checksums(model).sum().item()})
