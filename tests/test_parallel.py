@@ -36,6 +36,12 @@ def in_each_process(rank: int, world_size: int, port: int, folder: Path) -> None
     optimizer_alone = make_optimizer(alone, "muon", 1e-2, 0.1, 0.9, 0.95)
     step(alone, optimizer_alone)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    zero2 = fresh()
+    shard(zero2, "zero2", torch.float32)
+    step(zero2, make_optimizer(zero2, "muon", 1e-2, 0.1, 0.9, 0.95))
+    weights = full_state(zero2.state_dict(), rank == 0)
+    if rank == 0:
+        torch.testing.assert_close(weights, dict(alone.state_dict()), atol=1e-5, rtol=1e-5)
     shard(model, "fsdp", torch.float32)
     optimizer, optimizer_of_replica = (make_optimizer(m, "muon", 1e-2, 0.1, 0.9, 0.95) for m in (model, replica))
     orthogonalized: list[int] = []
