@@ -3,6 +3,8 @@
 import ctypes
 import re
 import sys
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -74,6 +76,16 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def shortest(run: Callable[[], None]) -> float:
+    """Seconds of the shortest of three runs, after one to warm up."""
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times[1:])
 
 
 def keep_freed_memory() -> None:

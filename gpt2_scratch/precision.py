@@ -1,7 +1,6 @@
 """The dtype of matrix products: measured on a CPU, known from the architecture elsewhere."""
 
 import math
-import time
 from collections.abc import Callable
 from functools import partial
 
@@ -9,7 +8,7 @@ import torch
 from torch import nn
 
 from gpt2_scratch.cpu.decode import PackedLinear, can_compile, can_pack
-from gpt2_scratch.device import autocast_to
+from gpt2_scratch.device import autocast_to, shortest
 from gpt2_scratch.distributed import Runtime
 from model import Block, GPTConfig
 
@@ -76,7 +75,7 @@ def training(batch_size: int | str, config: GPTConfig, dtype: torch.dtype) -> fl
         with autocast_to(dtype, CPU):
             block(x).sum().backward()
 
-    return seconds(step)
+    return shortest(step)
 
 
 @torch.no_grad()
@@ -97,14 +96,4 @@ def decoding(config: GPTConfig, dtype: torch.dtype) -> float:
         for linear in linears:
             linear(x)
 
-    return seconds(step) * weights / (n * 4 * C * C)
-
-
-def seconds(run: Callable[[], None]) -> float:
-    """The shortest of three runs, after one to warm up."""
-    times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
+    return shortest(step) * weights / (n * 4 * C * C)

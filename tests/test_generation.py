@@ -25,8 +25,10 @@ from gpt2_scratch.cpu.decode import (
     KernelLinear,
     PackedLinear,
     can_pack,
+    compiled,
     kernels,
     prepare,
+    prompts_are_faster_in_onednn,
     round_to_int8,
 )
 from gpt2_scratch.generation import IDLE_CACHES, Generation, RaggedCache, compiled_decode, recorded
@@ -369,12 +371,33 @@ def test_sampling_leaves_out_the_attention_that_plans_for_each_shape(monkeypatch
 MIDDLE = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=64, initializer_range=0.1)
 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="needs a CPU with bfloat16 support in oneDNN")
-needs_kernels = pytest.mark.skipif(kernels() is None, reason="needs Linux, AVX2 and a C compiler")
-REGISTER = kernels().tile_outputs // 2 if kernels() else 16  # floats
+needs_kernels = pytest.mark.skipif(compiled() is None, reason="needs Linux, AVX2 and a C compiler")
+REGISTER = compiled().tile_outputs // 2 if compiled() else 16  # floats
+
+
+@pytest.fixture(autouse=True)
+def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every input of a product in float32, whatever is fastest on this CPU."""
+    monkeypatch.setattr(decode, "kernels", compiled)
+    monkeypatch.setattr(decode, "prompts_are_faster_in_onednn", lambda: False)
+
+
+@pytest.fixture(params=["exact", "rounding", "onednn"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, exact_kernels: None) -> str:
+    """Each way to multiply in turn, as if it had been measured to be the fastest."""
+    if request.param == "rounding":
+        monkeypatch.setattr(decode, "kernels", lambda: compiled(round_inputs=True))
+    elif request.param == "onednn":
+        try:
+            PackedLinear(nn.Linear(2, 2).bfloat16())
+        except (AttributeError, RuntimeError) as error:
+            pytest.skip(f"this build of PyTorch cannot pack: {error}")
+        monkeypatch.setattr(decode, "prompts_are_faster_in_onednn", lambda: True)
+    return request.param
 
 
 @pytest.fixture
-def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_kernels(monkeypatch: pytest.MonkeyPatch, exact_kernels: None) -> None:
     """As on a machine that cannot compile them."""
     monkeypatch.setattr(decode, "kernels", lambda: None)
 
@@ -382,7 +405,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_kernels_print_nothing(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     for compiler in ("there-is-no-such-compiler", "false"):  # `false` is a program that fails
         monkeypatch.setenv("CC", compiler)
-        assert kernels.__wrapped__() is None
+        assert compiled.__wrapped__() is None
     assert capfd.readouterr() == ("", "")
 
 
@@ -405,7 +428,7 @@ def test_prepared_weights_give_the_same_logits(kind: type, request: pytest.Fixtu
         logits, _ = exact(idx)
         errors = [(model(idx)[0] - logits).square().mean().sqrt() / logits.std() for model in (plain, packed)]
         assert errors[1] < 1.5 * errors[0] < 0.05
-        if kind is KernelLinear and (shape[1] == 1 or not torch.cpu._is_amx_tile_supported()):
+        if kind is KernelLinear:
             assert errors[1] < 1e-5  # only the weights are in bfloat16
 
 
@@ -435,16 +458,22 @@ def test_bfloat16_is_computed_in_float32_where_nothing_supports_it(
     sizes=st.tuples(st.integers(1, 70), st.integers(1, 70)),
     int8=st.booleans(),
     bias=st.booleans(),
+    rounding=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @torch.no_grad()
-def test_kernel_linear_equals_linear(rows: int, sizes: tuple[int, int], int8: bool, bias: bool, seed: int) -> None:
+def test_kernel_linear_equals_linear(
+    rows: int, sizes: tuple[int, int], int8: bool, bias: bool, rounding: bool, seed: int
+) -> None:
     """For any number of rows, for strided inputs, and each row bit for bit as it is alone."""
     torch.manual_seed(seed)
     linear = nn.Linear(*sizes, bias=bias).bfloat16()
-    kernel = KernelLinear(linear, int8)
+    kernel = KernelLinear(linear, int8, library=compiled(rounding))
     x = torch.randn(rows, 2, sizes[0])[:, 1:]
     y = kernel(x)
+    if rounding:
+        assert torch.equal(y, kernel(x.bfloat16()))
+        x = x.bfloat16()
     weight = linear.weight.double()
     if int8:
         whole, scale = round_to_int8(linear.weight)
@@ -457,22 +486,48 @@ def test_kernel_linear_equals_linear(rows: int, sizes: tuple[int, int], int8: bo
 
 
 @needs_kernels
+@pytest.mark.parametrize(("seconds", "rounds"), [((1, 2), True), ((0.95, 1), False), ((2, 1), False)])
+def test_inputs_are_rounded_where_that_is_clearly_faster(
+    seconds: tuple[float, float], rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where one instruction multiplies rounded ones."""
+    pretended = iter(seconds)
+    monkeypatch.setattr(decode, "shortest", lambda run: (run(), next(pretended))[1])
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert kernels.__wrapped__() is compiled(rounds)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert kernels.__wrapped__() is compiled()
+
+
+@needs_kernels
 @torch.no_grad()
-def test_prompts_use_amx_if_available(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_use_onednn_where_it_is_faster(products: str) -> None:
     """And a row has the same bits among any others: oneDNN's own results depend on their number."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     torch.manual_seed(0)
     linear = nn.Linear(3072, 768).bfloat16()
-    try:
-        kernel = KernelLinear(linear)
-    except (AttributeError, RuntimeError) as error:
-        pytest.skip(f"this build of PyTorch cannot pack: {error}")
+    kernel = KernelLinear(linear, onednn_prompts=decode.prompts_are_faster_in_onednn())
     x = torch.randn(10, 30, 3072)
     y = kernel(x)
-    torch.testing.assert_close(y, PackedLinear(linear)(x.bfloat16()).float(), rtol=2**-7, atol=2**-7)
-    assert not torch.equal(y[:, :1], kernel(x[:, :1]))  # one new token per row: inputs are not rounded
+    assert (kernel.prefill is not None) == (products == "onednn")
+    if kernel.prefill:
+        torch.testing.assert_close(y, PackedLinear(linear)(x.bfloat16()).float(), rtol=2**-7, atol=2**-7)
+        assert not torch.equal(y[:, :1], kernel(x[:, :1]))  # one new token per row: inputs are not rounded
     for rows, length in ((5, 2), (1, 30), (2, 7)):
         assert torch.equal(kernel(x[:rows, :length]), y[:rows, :length])
+
+
+@needs_kernels
+@pytest.mark.parametrize(("seconds", "chosen"), [((1, 2), True), ((0.95, 1), False), ((2, 1), False)])
+def test_onednn_takes_prompts_where_it_is_clearly_faster(
+    seconds: tuple[float, float], chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretended = iter(seconds)
+    monkeypatch.setattr(decode, "shortest", lambda run: next(pretended))
+    monkeypatch.setattr(decode, "PackedLinear", lambda linear: linear)
+    monkeypatch.setattr(decode, "can_pack", lambda: True)
+    assert prompts_are_faster_in_onednn.__wrapped__() == chosen
+    monkeypatch.setattr(decode, "can_pack", lambda: False)
+    assert not prompts_are_faster_in_onednn.__wrapped__()
 
 
 @needs_kernels
@@ -614,20 +669,13 @@ def test_kernels_propagate_nan() -> None:
     [{}, {"post_norm": True}, {"n_inner": 128}, {"n_inner": 100}, {"n_embd": 36}, {"activation": "relu"}],
     ids=str,
 )
-@pytest.mark.parametrize("amx", [False, True])
 @torch.no_grad()
-def test_prepared_networks_agree_with_exact_arithmetic(
-    change: dict[str, Any], amx: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prepared_networks_agree_with_exact_arithmetic(change: dict[str, Any], products: str) -> None:
     """With and without a kernel for their blocks, for rows of different lengths, past the context."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     config = replace(MIDDLE, **change)
     exact = network(config).bfloat16().double()
-    try:
-        model = prepare(network(config).bfloat16())
-    except (AttributeError, RuntimeError) as error:
-        pytest.skip(f"this build of PyTorch cannot pack: {error}")
-    prompts = [[5, 6, 7], [8], list(range(20))] + [[9]] * (6 if amx else 0)
+    model = prepare(network(config).bfloat16())
+    prompts = [[5, 6, 7], [8], list(range(20)), *[[9]] * 6]
     generation = Generation(model, prompts, 28, seed=0)
     written = [generation.step() for _ in range(28)]
     for row, prompt in enumerate(prompts[:3]):
@@ -642,7 +690,7 @@ def test_prepared_networks_agree_with_exact_arithmetic(
 
 @needs_kernels
 @pytest.mark.parametrize("int8", [False, True])
-def test_kernels_write_each_row_as_alone(int8: bool) -> None:
+def test_kernels_write_each_row_as_alone(int8: bool, products: str) -> None:
     """Ragged rows, one of which ends early, past the context."""
     model = prepare(network(MIDDLE).bfloat16(), int8)
     prompts = [[5, 6, 7], [8], list(range(30)), [9, 4]]

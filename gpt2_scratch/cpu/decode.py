@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2_scratch.cli import UserError
-from gpt2_scratch.device import keep_freed_memory
+from gpt2_scratch.device import keep_freed_memory, shortest
 from model import GPT, Block, CacheView
 
-PREFILL_ROWS = 64  # positions per product of a prompt on AMX
+PREFILL_ROWS = 64  # positions per product of a prompt in oneDNN
 
 
 class PackedLinear(nn.Module):
@@ -54,10 +55,49 @@ def compiler() -> str | None:
 
 @functools.cache
 def kernels() -> Any:
-    """kernels.c, compiled for this CPU; None if that is not possible."""
+    """kernels.c, compiled for this CPU; None if that is not possible.
+
+    With AVX512-BF16 inputs may be rounded to bfloat16, of which it multiplies two at a time: whichever is faster here.
+    """
+    if not torch.cpu._is_avx512_bf16_supported():
+        return compiled()
+    with ThreadPoolExecutor() as pool:
+        exact, rounding = pool.map(compiled, (False, True))
+    layer = layer_to_time()
+    return rounding if rounding and faster(*(KernelLinear(layer, library=lib) for lib in (rounding, exact))) else exact
+
+
+@functools.cache
+def prompts_are_faster_in_onednn() -> bool:
+    """By a measurement; true with AMX, which multiplies several times as fast."""
+    layer = layer_to_time()
+    return can_pack() and faster(PackedLinear(layer.bfloat16()), KernelLinear(layer))
+
+
+def layer_to_time() -> nn.Linear:
+    layer = nn.Linear(768, 3072, bias=False, device="meta")  # else initialising draws random numbers
+    layer.weight = nn.Parameter(torch.full((3072, 768), 0.01))
+    return layer
+
+
+@torch.no_grad()
+def faster(this: nn.Module, than: nn.Module) -> bool:
+    """Whether `layer_to_time` prepared in one way takes `PREFILL_ROWS` rows at most 0.9 of the time of another."""
+    dtype = torch.bfloat16 if isinstance(this, PackedLinear) else torch.float32
+    x = torch.ones(1, PREFILL_ROWS, 768)
+    return shortest(lambda: this(x.to(dtype)).float()) <= 0.9 * shortest(lambda: than(x))
+
+
+@functools.cache
+def compiled(round_inputs: bool = False) -> Any:
+    """kernels.c with or without rounding its inputs; None if it cannot be compiled."""
     if not can_compile():
         return None
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-nodefaultlibs"]
+    if round_inputs:
+        flags.append("-DROUND_INPUTS")
+    if round_inputs:
+        flags.append("-DROUND_INPUTS")
     if torch.backends.cpu.get_cpu_capability() == "AVX2":  # all there is, or all that ATEN_CPU_CAPABILITY allows
         flags.append("-mno-avx512f")
     try:
@@ -97,10 +137,16 @@ class CBlock(ctypes.Structure):
 
 
 class KernelLinear(nn.Module):
-    """nn.Linear through kernels.c: weights in bfloat16, or in int8 as in `Int8Linear`; all else in float32."""
+    """nn.Linear through kernels.c: weights in bfloat16, or in int8 as in `Int8Linear`; results in float32.
 
-    def __init__(self, linear: nn.Linear, int8: bool = False):
+    Args:
+        library: other than `kernels`.
+        onednn_prompts: multiply more than one new token of a row in oneDNN, which takes a copy of the weights.
+    """
+
+    def __init__(self, linear: nn.Linear, int8: bool = False, library: Any = None, onednn_prompts: bool = False):
         super().__init__()
+        self.library = library or kernels()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach() if int8 else linear.weight.detach().bfloat16()
         weight = F.pad(weight, (0, -self.in_features % 4, 0, -self.out_features % 32))
@@ -111,21 +157,20 @@ class KernelLinear(nn.Module):
         self.starts, self.upper = torch.empty(0), torch.empty(16, dtype=torch.uint8)
         if int8:
             weight, self.scale = round_to_int8(weight)
-            tiles = weight.view(-1, kernels().tile_outputs, K)  # (tiles, outputs, K)
+            tiles = weight.view(-1, self.library.tile_outputs, K)  # (tiles, outputs, K)
             self.weight = tiles.transpose(1, 2).contiguous()  # (tiles, K, outputs)
         else:
             weight = weight.contiguous()
             # The 16 commonest upper bytes, which the packed format stores in half a byte; a million weights will do.
             subset = weight.flatten()[:: max(1, weight.numel() // 10**6)].view(torch.int16)
             self.upper = (subset >> 8 & 255).bincount(minlength=256).topk(16).indices.to(torch.uint8)
-            self.starts = torch.empty(N // kernels().tile_outputs, dtype=torch.int64)
+            self.starts = torch.empty(N // self.library.tile_outputs, dtype=torch.int64)
             pointers = [tensor.data_ptr() for tensor in (weight, self.upper, self.starts)]
-            self.weight = torch.empty(kernels().plan(K, N, *pointers), dtype=torch.uint8)
-            kernels().pack(K, N, *pointers, self.weight.data_ptr())
+            self.weight = torch.empty(self.library.plan(K, N, *pointers), dtype=torch.uint8)
+            self.library.pack(K, N, *pointers, self.weight.data_ptr())
         tensors = (self.weight, self.starts, self.upper, self.scale, self.bias)
         self.fields = CLinear(1 if int8 else 2, K, N, *(tensor.data_ptr() for tensor in tensors))
-        # Prompts are compute-bound, and AMX computes several times as fast.
-        self.prefill = PackedLinear(linear.bfloat16()) if torch.cpu._is_amx_tile_supported() and not int8 else None
+        self.prefill = PackedLinear(linear.bfloat16()) if onednn_prompts else None
 
     def forward(self, x: Tensor) -> Tensor:
         (N, K), rows = self.shape, x.numel() // self.in_features
@@ -137,7 +182,7 @@ class KernelLinear(nn.Module):
             return y[:rows].view(*x.shape[:-1], -1).float()
         x = x.float().contiguous() if K == self.in_features else F.pad(x.float(), (0, K - self.in_features))
         y = torch.empty(*x.shape[:-1], N)
-        kernels().linear(ctypes.byref(self.fields), rows, x.data_ptr(), y.data_ptr())
+        self.library.linear(ctypes.byref(self.fields), rows, x.data_ptr(), y.data_ptr())
         return y if N == self.out_features else y[..., : self.out_features]
 
 
@@ -224,11 +269,12 @@ def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
         return model
     if eager:
         keep_freed_memory()
+    onednn = fast and not int8 and prompts_are_faster_in_onednn()
     for name in [name for name, _ in model.named_modules()]:  # by name: holds no reference to replaced modules
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear):
             if fast:
-                replacement: nn.Module = KernelLinear(module, int8)
+                replacement: nn.Module = KernelLinear(module, int8, onednn_prompts=onednn)
             else:
                 replacement = Int8Linear(module) if int8 else PackedLinear(module)
             model.set_submodule(name, replacement)

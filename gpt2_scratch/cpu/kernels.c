@@ -2,8 +2,8 @@
 // new token per row with a bfloat16 cache. decode.py compiles and calls this.
 //
 // With few rows the work is bandwidth-bound: every weight is read once, and what matters is to prefetch cache lines
-// long before they are needed. Inputs, sums and outputs are float32. A row is summed in the same order whatever the
-// other rows, so it gives the same bits alone and in a batch.
+// long before they are needed. Outputs and sums are float32, and so are inputs unless ROUND_INPUTS. A row is summed in the
+// same order whatever the other rows, so it gives the same bits alone and in a batch.
 
 #include <immintrin.h>
 #include <math.h>
@@ -109,6 +109,16 @@ static inline Ints load(const void *from) { return INTS(loadu)((const Ints *)fro
 enum { OUTPUTS = 2 * LANES, AHEAD = 8192 };  // per tile row; bytes to prefetch
 const int tile_outputs = OUTPUTS;
 
+// Whether products round their inputs to bfloat16, as PyTorch's do. With AVX512-BF16 one instruction then multiplies two
+// of them per lane, which counts where there are many rows.
+#ifdef ROUND_INPUTS
+enum { ROUNDED = 1 };
+typedef uint16_t Input;
+#else
+enum { ROUNDED = 0 };
+typedef float Input;
+#endif
+
 #define EACH_ROW _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
 #define EACH_HALF _Pragma("GCC unroll 2") for (int h = 0; h < 2; h++)
 
@@ -159,11 +169,25 @@ static inline long flags_size(long K)
 
 typedef enum { STORE, ADD, GELU } Finish;  // what to do with a sum: store it, add it to y, or apply GELU
 
-// These two read a block and return a pointer to the next one.
-static inline __attribute__((always_inline)) const char *read_bfloat16(
-    const char *w, int packed, Ints upper, Floats weights[INPUTS][2])
+static inline Floats even(Ints pairs) { return of_bits(V(slli_epi32)(pairs, 16)); }  // bfloat16 is float32's upper half
+static inline Floats odd(Ints pairs) { return of_bits(INTS(and)(pairs, V(set1_epi32)(0xffff0000))); }
+static inline Ints pair(Floats even, Floats odd)  // of numbers that are bfloat16's
 {
-    Ints pairs[2][2], nibble = V(set1_epi8)(15);
+    return INTS(or)(V(srli_epi32)(INTS(castps)(even), 16), INTS(castps)(odd));
+}
+
+static inline uint16_t to_bfloat16(float x)  // rounds to nearest even
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// Reads a block of bfloat16 weights: pairs of inputs, halves of the outputs. Returns a pointer to the next one.
+static inline __attribute__((always_inline)) const char *read_bfloat16(
+    const char *w, int packed, Ints upper, Ints pairs[2][2])
+{
+    Ints nibble = V(set1_epi8)(15);
     if (packed) {
         Ints codes = load(w + 2 * REGISTER);
         for (int i = 0; i < 2; i++, codes = V(srli_epi16)(codes, 4)) {
@@ -178,14 +202,10 @@ static inline __attribute__((always_inline)) const char *read_bfloat16(
             pairs[i / 2][i % 2] = load(w + REGISTER * i);
         w += PLAIN;
     }
-    for (int i = 0; i < 2; i++)
-        EACH_HALF {  // bfloat16 is the upper half of float32
-            weights[2 * i][h] = of_bits(V(slli_epi32)(pairs[i][h], 16));
-            weights[2 * i + 1][h] = of_bits(INTS(and)(pairs[i][h], V(set1_epi32)(0xffff0000)));
-        }
     return w;
 }
 
+// Reads a block of int8 weights; returns a pointer to the next one.
 static inline __attribute__((always_inline)) const char *read_int8(const char *w, Floats weights[INPUTS][2])
 {
     for (int i = 0; i < INPUTS; i++)
@@ -210,10 +230,20 @@ static void finish_rows(const Linear *l, Finish finish, long n, int rows, const 
         }
 }
 
+// To `sum` adds the products of two pairs of bfloat16 per lane.
+static inline Floats add_products(Floats sum, Ints a, Ints b)
+{
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+    return V(fmadd_ps)(odd(a), odd(b), V(fmadd_ps)(even(a), even(b), sum));
+#endif
+}
+
 // OUTPUTS outputs of 1 to ROWS rows. `rows` and `bytes` (per weight) are constants at every call, so once this is
 // inlined the sums stay in registers.
 static inline __attribute__((always_inline)) void tile(
-    const int rows, const int bytes, const Linear *l, Finish finish, long n, const float *x, float *y)
+    const int rows, const int bytes, const Linear *l, Finish finish, long n, const Input *x, float *y)
 {
     const long K = l->K;
     const char *w = l->w + (bytes == 2 ? l->starts[n / OUTPUTS] : n * K), *packed = w;
@@ -224,25 +254,42 @@ static inline __attribute__((always_inline)) void tile(
     EACH_ROW EACH_HALF sum[r][h] = V(setzero_ps)();
     for (long k = 0; k < K; k += INPUTS) {
         Floats weights[INPUTS][2];
+        Ints pairs[INPUTS / 2][2];
         for (int line = 0; line < (bytes == 2 ? PACKED : INPUTS * OUTPUTS); line += 64)
             _mm_prefetch(w + line + AHEAD, _MM_HINT_T1);
-        w = bytes == 2 ? read_bfloat16(w, packed[k / INPUTS], upper, weights) : read_int8(w, weights);
+        if (bytes == 2) {
+            w = read_bfloat16(w, packed[k / INPUTS], upper, pairs);
+            for (int i = 0; i < INPUTS; i++)
+                EACH_HALF weights[i][h] = i % 2 ? odd(pairs[i / 2][h]) : even(pairs[i / 2][h]);
+        } else {
+            w = read_int8(w, weights);
+            for (int i = 0; i < INPUTS; i += 2)
+                EACH_HALF pairs[i / 2][h] = pair(weights[i][h], weights[i + 1][h]);
+        }
+#ifdef ROUND_INPUTS
+        EACH_ROW _Pragma("GCC unroll 2") for (int i = 0; i < INPUTS / 2; i++) {
+            int32_t two;
+            memcpy(&two, x + r * K + k + 2 * i, sizeof two);
+            EACH_HALF sum[r][h] = add_products(sum[r][h], pairs[i][h], V(set1_epi32)(two));
+        }
+#else
         EACH_ROW _Pragma("GCC unroll 4") for (int i = 0; i < INPUTS; i++) {
             Floats in = V(set1_ps)(x[r * K + k + i]);
             EACH_HALF sum[r][h] = V(fmadd_ps)(weights[i][h], in, sum[r][h]);
         }
+#endif
     }
     EACH_ROW EACH_HALF sums[r][h] = sum[r][h];
     finish_rows(l, finish, n, rows, sums, y);
 }
 
 static inline __attribute__((always_inline)) void products(
-    const int bytes, const Linear *l, Finish finish, long M, const float *x, float *y)
+    const int bytes, const Linear *l, Finish finish, long M, const Input *x, float *y)
 {
 #pragma omp for schedule(static)
     for (long n = 0; n < l->N; n += OUTPUTS)
         for (long m = 0; m < M;) {  // the tile's weights stay cached for all rows
-            const float *in = x + m * l->K;
+            const Input *in = x + m * l->K;
             float *out = y + m * l->N;
             if (M - m >= ROWS) {
                 tile(ROWS, bytes, l, finish, n, in, out);
@@ -260,13 +307,22 @@ static inline __attribute__((always_inline)) void products(
         }
 }
 
-// To be called by every thread of an OpenMP team.
-static void multiply(const Linear *l, Finish finish, long M, const float *x, float *y)
+// To be called by every thread of an OpenMP team. If inputs are rounded, `room` is for x (M, K) in bfloat16.
+static void multiply(const Linear *l, Finish finish, long M, const float *x, float *y, Input *room)
 {
+#ifdef ROUND_INPUTS
+#pragma omp for schedule(static)
+    for (long m = 0; m < M; m++)
+        for (long k = 0; k < l->K; k++)
+            room[m * l->K + k] = to_bfloat16(x[m * l->K + k]);
+    const Input *in = room;
+#else
+    const Input *in = x;
+#endif
     if (l->bytes == 2)
-        products(2, l, finish, M, x, y);
+        products(2, l, finish, M, in, y);
     else
-        products(1, l, finish, M, x, y);
+        products(1, l, finish, M, in, y);
 }
 
 // Packs the block of w (N, K) that w points to; returns its size in bytes.
@@ -333,8 +389,10 @@ void pack(long K, long N, const uint16_t *w, const uint8_t *upper, const int64_t
 
 void linear(const Linear *l, long M, const float *x, float *y)
 {
+    Input *room = malloc(ROUNDED * M * l->K * sizeof *room);
 #pragma omp parallel
-    multiply(l, STORE, M, x, y);
+    multiply(l, STORE, M, x, y, room);
+    free(room);
 }
 
 static inline Floats widen(const uint16_t *from)
@@ -442,21 +500,22 @@ typedef struct {
 void block(
     const Block *b, long B, long L, const float *x, uint16_t *keys, uint16_t *values, const int64_t *seen, float *y)
 {
-    const long C = b->attn_out.N, H = b->n_head;
-    float *normed = malloc(B * (5 * C + b->mlp_in.N) * sizeof(float));
+    const long C = b->attn_out.N, H = b->n_head, wide = b->mlp_in.N > C ? b->mlp_in.N : C;
+    float *normed = malloc(B * (5 * C + b->mlp_in.N + ROUNDED * wide) * sizeof(float));
     float *qkv = normed + B * C, *heads = qkv + 3 * B * C, *hidden = heads + B * C;
+    Input *room = (Input *)(hidden + B * b->mlp_in.N);
     float *in = b->post_norm ? y : normed;  // input of the attention and of the MLP
     memcpy(y, x, B * C * sizeof(float));
 #pragma omp parallel
     {
         if (!b->post_norm)
             layer_norm(&b->ln_1, b->epsilon, B, C, y, in);
-        multiply(&b->attn_in, STORE, B, in, qkv);
+        multiply(&b->attn_in, STORE, B, in, qkv, room);
         attend(B, H, L, C / H, b->scale, qkv, keys, values, seen, heads);
-        multiply(&b->attn_out, ADD, B, heads, y);
+        multiply(&b->attn_out, ADD, B, heads, y, room);
         layer_norm(b->post_norm ? &b->ln_1 : &b->ln_2, b->epsilon, B, C, y, in);
-        multiply(&b->mlp_in, GELU, B, in, hidden);
-        multiply(&b->mlp_out, ADD, B, hidden, y);
+        multiply(&b->mlp_in, GELU, B, in, hidden, room);
+        multiply(&b->mlp_out, ADD, B, hidden, y, room);
         if (b->post_norm)
             layer_norm(&b->ln_2, b->epsilon, B, C, y, y);
     }
