@@ -78,7 +78,7 @@ def describe(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-def shortest(run: Callable[[], None]) -> float:
+def shortest(run: Callable[[], object]) -> float:
     """Seconds of the shortest of three runs, after one to warm up."""
     times = []
     for _ in range(4):

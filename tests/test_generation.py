@@ -371,14 +371,14 @@ def test_sampling_leaves_out_the_attention_that_plans_for_each_shape(monkeypatch
 MIDDLE = GPTConfig(block_size=32, vocab_size=300, n_layer=2, n_head=4, n_embd=64, initializer_range=0.1)
 
 needs_packing = pytest.mark.skipif(not can_pack(), reason="needs a CPU with bfloat16 support in oneDNN")
-needs_kernels = pytest.mark.skipif(compiled() is None, reason="needs Linux, AVX2 and a C compiler")
-REGISTER = compiled().tile_outputs // 2 if compiled() else 16  # floats
+needs_kernels = pytest.mark.skipif(compiled(False) is None, reason="needs Linux, AVX2 and a C compiler")
+REGISTER = compiled(False).tile_outputs // 2 if compiled(False) else 16  # floats
 
 
 @pytest.fixture(autouse=True)
 def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every input of a product in float32, whatever is fastest on this CPU."""
-    monkeypatch.setattr(decode, "kernels", compiled)
+    monkeypatch.setattr(decode, "kernels", lambda: compiled(False))
     monkeypatch.setattr(decode, "prompts_are_faster_in_onednn", lambda: False)
 
 
@@ -386,7 +386,7 @@ def exact_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, exact_kernels: None) -> str:
     """Each way to multiply in turn, as if it had been measured to be the fastest."""
     if request.param == "rounding":
-        monkeypatch.setattr(decode, "kernels", lambda: compiled(round_inputs=True))
+        monkeypatch.setattr(decode, "kernels", lambda: compiled(True))
     elif request.param == "onednn":
         try:
             PackedLinear(nn.Linear(2, 2).bfloat16())
@@ -405,7 +405,7 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch, exact_kernels: None) -> None:
 def test_missing_kernels_print_nothing(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     for compiler in ("there-is-no-such-compiler", "false"):  # `false` is a program that fails
         monkeypatch.setenv("CC", compiler)
-        assert compiled.__wrapped__() is None
+        assert compiled.__wrapped__(False) is None
     assert capfd.readouterr() == ("", "")
 
 
@@ -496,7 +496,7 @@ def test_inputs_are_rounded_where_that_is_clearly_faster(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert kernels.__wrapped__() is compiled(rounds)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert kernels.__wrapped__() is compiled()
+    assert kernels.__wrapped__() is compiled(False)
 
 
 @needs_kernels

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -60,7 +61,7 @@ def kernels() -> Any:
     With AVX512-BF16 inputs may be rounded to bfloat16, of which it multiplies two at a time: whichever is faster here.
     """
     if not torch.cpu._is_avx512_bf16_supported():
-        return compiled()
+        return compiled(False)
     with ThreadPoolExecutor() as pool:
         exact, rounding = pool.map(compiled, (False, True))
     layer = layer_to_time()
@@ -70,8 +71,11 @@ def kernels() -> Any:
 @functools.cache
 def prompts_are_faster_in_onednn() -> bool:
     """By a measurement; true with AMX, which multiplies several times as fast."""
-    layer = layer_to_time()
-    return can_pack() and faster(PackedLinear(layer.bfloat16()), KernelLinear(layer))
+    if not can_pack():
+        return False
+    layer = layer_to_time().bfloat16()
+    packed = PackedLinear(layer)
+    return faster(lambda x: packed(x.bfloat16()).float(), KernelLinear(layer))
 
 
 def layer_to_time() -> nn.Linear:
@@ -81,21 +85,18 @@ def layer_to_time() -> nn.Linear:
 
 
 @torch.no_grad()
-def faster(this: nn.Module, than: nn.Module) -> bool:
-    """Whether `layer_to_time` prepared in one way takes `PREFILL_ROWS` rows at most 0.9 of the time of another."""
-    dtype = torch.bfloat16 if isinstance(this, PackedLinear) else torch.float32
+def faster(this: Callable[[Tensor], Tensor], than: Callable[[Tensor], Tensor]) -> bool:
+    """Whether `layer_to_time` multiplies `PREFILL_ROWS` rows in one way in at most 0.9 of the time of another."""
     x = torch.ones(1, PREFILL_ROWS, 768)
-    return shortest(lambda: this(x.to(dtype)).float()) <= 0.9 * shortest(lambda: than(x))
+    return shortest(lambda: this(x)) <= 0.9 * shortest(lambda: than(x))
 
 
 @functools.cache
-def compiled(round_inputs: bool = False) -> Any:
+def compiled(round_inputs: bool) -> Any:
     """kernels.c with or without rounding its inputs; None if it cannot be compiled."""
     if not can_compile():
         return None
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-nodefaultlibs"]
-    if round_inputs:
-        flags.append("-DROUND_INPUTS")
     if round_inputs:
         flags.append("-DROUND_INPUTS")
     if torch.backends.cpu.get_cpu_capability() == "AVX2":  # all there is, or all that ATEN_CPU_CAPABILITY allows
