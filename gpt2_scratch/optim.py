@@ -12,7 +12,7 @@ from torch import Tensor
 TOGETHER = 2**27  # numbers in the matrices that Muon updates at a time, which takes about five times their memory
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False, split_qkv: bool = False) -> list[dict]:
     """Weight decay for matrices and embeddings; none for biases and LayerNorm parameters.
 
     Decay pulls a weight towards 0, which regularises a matrix but would only shrink a LayerNorm's gain. A group's
@@ -20,20 +20,24 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) 
 
     Args:
         muon: put the matrices of the blocks into a group of their own, marked `muon`.
+        split_qkv: and those that are query, key and value in one into another, to be orthogonalised in three `parts`.
 
     Raises:
         AssertionError: a parameter is not in exactly one group.
     """
     named = list(model.named_parameters())
-    blocks = [p for name, p in named if muon and name.startswith("h.") and p.dim() == 2]
-    in_blocks = {id(p) for p in blocks}
+    blocks = {name: p for name, p in named if muon and name.startswith("h.") and p.dim() == 2}
+    qkv = [blocks.pop(name) for name in list(blocks) if split_qkv and name.endswith("attn.c_attn.weight")]
+    in_blocks = {id(p) for p in [*blocks.values(), *qkv]}
     rest = [p for _, p in named if id(p) not in in_blocks]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay, "muon": False, "lr_scale": 1.0},
         {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0, "muon": False, "lr_scale": 1.0},
     ]
-    if blocks:
-        groups.append({"params": blocks, "weight_decay": weight_decay, "muon": True, "lr_scale": 1.0})
+    for params, parts in ((list(blocks.values()), 1), (qkv, 3)):
+        if params:
+            of_muon = {"weight_decay": weight_decay, "muon": True, "lr_scale": 1.0, "parts": parts}
+            groups.append({"params": params, **of_muon})
     grouped = [id(p) for group in groups for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for _, p in named), "every parameter must be in exactly one group"
     return groups
@@ -48,19 +52,21 @@ def make_optimizer(
     beta2: float,
     momentum: float = 0.95,
     embedding_lr_scale: float = 1.0,
+    split_qkv: bool = False,
 ) -> torch.optim.AdamW:
     """ "adamw" (Loshchilov and Hutter, 2019) as one fused kernel, or "muon"; eps 1e-8.
 
     Args:
-        momentum, embedding_lr_scale: of "muon" only.
+        momentum, embedding_lr_scale, split_qkv: of "muon" only.
 
     A step with the attribute `found_inf` (a float32 scalar on the device) at 1 changes nothing, except on MPS, whose
     kernel ignores it. torch.amp.GradScaler uses the same convention with fused optimizers.
     """
-    groups = parameter_groups(model, weight_decay, name == "muon")
+    groups = parameter_groups(model, weight_decay, name == "muon", split_qkv)
     if name == "muon":
         groups[0]["lr_scale"] = embedding_lr_scale
-        groups[-1]["momentum"] = momentum
+        for group in groups[2:]:
+            group["momentum"] = momentum
     kind = Muon if name == "muon" else torch.optim.AdamW
     return kind(groups, lr=learning_rate, betas=(beta1, beta2), eps=1e-8, fused=True)
 
@@ -130,11 +136,12 @@ class Muon(torch.optim.AdamW):
         new = old.lerp(grads, 1 - group["momentum"])
         torch._foreach_copy_(buffers, list(new.unbind()))
         update = grads.lerp(new, group["momentum"])  # Nesterov's momentum
-        update = orthogonalize_together(update, params[0])
+        update = orthogonalize_together(update, params[0], group["parts"])
         rate = group["lr"] if found_inf is None else group["lr"] * (1 - found_inf)
         own = [to_local(p) for p in params]
         torch._foreach_mul_(own, 1 - rate * group["weight_decay"])
-        update *= -rate * 0.2 * max(params[0].shape) ** 0.5
+        rows, columns = params[0].shape
+        update *= -rate * 0.2 * max(rows // group["parts"], columns) ** 0.5
         torch._foreach_add_(own, list(update.unbind()))
 
 
@@ -146,12 +153,13 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def orthogonalize_together(matrices: Tensor, like: Tensor) -> Tensor:
+def orthogonalize_together(matrices: Tensor, like: Tensor, parts: int = 1) -> Tensor:
     """`orthogonalize` with the work shared out over the ranks of a process group, if there is one. A collective.
 
     Args:
         matrices: (n, rows, columns); if sharded, this rank's rows of each.
         like: the parameter of one of them, which tells how it is sharded.
+        parts: as of `orthogonalize`.
     """
     if hasattr(like, "to_local"):
         from torch.distributed.tensor import DTensor, Shard
@@ -159,31 +167,37 @@ def orthogonalize_together(matrices: Tensor, like: Tensor) -> Tensor:
         mesh, shape = cast(DTensor, like).device_mesh, torch.Size((len(matrices), *like.shape))
         layout: dict[str, Any] = {"shape": shape, "stride": (shape[1] * shape[2], shape[2], 1)}
         rows = DTensor.from_local(matrices, mesh, [Shard(1)], **layout)
-        own = orthogonalize(rows.redistribute(placements=[Shard(0)]).to_local())  # all-to-all: n / ranks whole matrices
+        whole = rows.redistribute(placements=[Shard(0)]).to_local()  # all-to-all: n / ranks whole matrices
+        own = orthogonalize(whole, parts)
         return DTensor.from_local(own, mesh, [Shard(0)], **layout).redistribute(placements=[Shard(1)]).to_local()
     if not dist.is_initialized():
-        return orthogonalize(matrices)
+        return orthogonalize(matrices, parts)
     ranks, n = dist.get_world_size(), len(matrices)
     share = math.ceil(n / ranks)
     padded = F.pad(matrices, (0, 0, 0, 0, 0, share * ranks - n))  # (ranks * share, rows, columns)
-    own = orthogonalize(padded[dist.get_rank() * share :][:share])
+    own = orthogonalize(padded[dist.get_rank() * share :][:share], parts)
     dist.all_gather(list(padded.chunk(ranks)), own)
     return padded[:n]
 
 
-def orthogonalize(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor, parts: int = 1) -> Tensor:
     """Push the singular values of matrices (n, rows, columns) towards 1, into about 0.7 to 1.2.
 
     Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. (2024).
+
+    Args:
+        parts: matrices stacked in each, which are orthogonalised apart.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    n, rows, columns = matrices.shape
+    x = matrices.reshape(n * parts, rows // parts, columns)
+    x = x.bfloat16() if matrices.is_cuda else x
     wide = x.shape[1] <= x.shape[2]
     x = x if wide else x.transpose(1, 2)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = x @ x.transpose(1, 2)  # (n, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x if wide else x.transpose(1, 2)).to(matrices.dtype)
+    return (x if wide else x.transpose(1, 2)).reshape(matrices.shape).to(matrices.dtype)
 
 
 def learning_rate_at(

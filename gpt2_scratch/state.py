@@ -107,6 +107,7 @@ def load_train_state(cfg: TrainConfig, run: Path, checkpoint: Path | None, rt: R
         cfg.beta2,
         cfg.momentum,
         cfg.embedding_lr_scale,
+        cfg.split_qkv,
     )
     scaler = torch.amp.GradScaler(rt.device.type, enabled=dtype == torch.float16)
     if checkpoint:

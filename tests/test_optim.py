@@ -129,7 +129,8 @@ def test_muon_is_at_most_3_percent_of_a_step(name: str, ranks: int) -> None:
     shapes = [p.shape for key, p in model.h[0].named_parameters() if p.dim() == 2]
     with FlopCounterMode(display=False) as counted:
         for shape in shapes:
-            orthogonalize(torch.empty(math.ceil(cfg.n_layer / ranks), *shape, device="meta"))
+            parts = 3 if cfg.split_qkv and shape[0] == 3 * cfg.n_embd else 1
+            orthogonalize(torch.empty(math.ceil(cfg.n_layer / ranks), *shape, device="meta"), parts)
     of_model = model.flops_per_token() * cfg.total_batch_size / ranks
     assert 0.001 < counted.get_total_flops() / of_model < 0.03
 
@@ -138,7 +139,7 @@ def test_muon_updates_many_matrices_in_turns(monkeypatch: pytest.MonkeyPatch) ->
     """Of ten of a shape, eight and then two, as all at once: the turns bound its memory."""
     model = GPT(GPTConfig(8, 16, n_layer=10, n_head=1, n_embd=8))
     twin, turns = copy.deepcopy(model), []
-    monkeypatch.setattr(optim, "orthogonalize", lambda x: (turns.append(len(x)), orthogonalize(x))[1])
+    monkeypatch.setattr(optim, "orthogonalize", lambda x, parts: (turns.append(len(x)), orthogonalize(x))[1])
     for net, together in ((model, 1), (twin, 2**27)):
         monkeypatch.setattr(optim, "TOGETHER", together)
         torch.manual_seed(0)

@@ -33,20 +33,22 @@ def held(module: nn.Module) -> int:
 
 def in_each_process(rank: int, world_size: int, port: int, folder: Path) -> None:
     model, replica, alone = fresh(), fresh(), fresh()
-    optimizer_alone = make_optimizer(alone, "muon", 1e-2, 0.1, 0.9, 0.95)
+    optimizer_alone = make_optimizer(alone, "muon", 1e-2, 0.1, 0.9, 0.95, split_qkv=True)
     step(alone, optimizer_alone)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     zero2 = fresh()
     shard(zero2, "zero2", torch.float32)
-    step(zero2, make_optimizer(zero2, "muon", 1e-2, 0.1, 0.9, 0.95))
+    step(zero2, make_optimizer(zero2, "muon", 1e-2, 0.1, 0.9, 0.95, split_qkv=True))
     weights = full_state(zero2.state_dict(), rank == 0)
     if rank == 0:
         torch.testing.assert_close(weights, dict(alone.state_dict()), atol=1e-5, rtol=1e-5)
     shard(model, "fsdp", torch.float32)
-    optimizer, optimizer_of_replica = (make_optimizer(m, "muon", 1e-2, 0.1, 0.9, 0.95) for m in (model, replica))
+    optimizer, optimizer_of_replica = (
+        make_optimizer(m, "muon", 1e-2, 0.1, 0.9, 0.95, split_qkv=True) for m in (model, replica)
+    )
     orthogonalized: list[int] = []
     whole = optim.orthogonalize
-    optim.orthogonalize = lambda matrices: (orthogonalized.append(len(matrices)), whole(matrices))[1]
+    optim.orthogonalize = lambda x, parts: (orthogonalized.append(len(x)), whole(x, parts))[1]
     step(model, optimizer)
     step(replica, optimizer_of_replica)
     assert max(orthogonalized) == 1, "two layers in four processes: no rank orthogonalizes both matrices of a shape"
@@ -70,7 +72,7 @@ def in_each_process(rank: int, world_size: int, port: int, folder: Path) -> None
         assert not any(isinstance(value, torch.Tensor) for value in weights.values())
     states = [state]
     dist.broadcast_object_list(states)
-    again = make_optimizer(model, "muon", 1e-2, 0.1, 0.9, 0.95)
+    again = make_optimizer(model, "muon", 1e-2, 0.1, 0.9, 0.95, split_qkv=True)
     again.load_state_dict(states[0])
     shard_optimizer_state(again)
     for p, values in optimizer.state.items():

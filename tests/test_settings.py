@@ -39,7 +39,7 @@ Settings = dict[str, Any]
 SMALL: Settings = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "total_batch_size": 64, "batch_size": 2}
 SMALL |= {"max_steps": 3, "warmup_steps": 0, "schedule": "linear", "learning_rate": 1e-2, "min_learning_rate": 0.0}
 SMALL |= {"optimizer": "adamw", "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 0.0, "seed": 1337}
-SMALL |= {"decay_share": 0.2, "momentum": 0.95, "embedding_lr_scale": 1.0}
+SMALL |= {"decay_share": 0.2, "momentum": 0.95, "embedding_lr_scale": 1.0, "split_qkv": False}
 SMALL |= {"initializer_range": 0.06, "data": "data/shakespeare", "dtype": "float32"}
 SMALL |= {"eval_interval": 0, "eval_tokens": 16, "checkpoint_interval": 0, "sample_interval": 0}
 FROZEN: Settings = {"learning_rate": 1e-30, "min_learning_rate": 0.0, "weight_decay": 0.0}  # weights stay as they were
@@ -138,7 +138,9 @@ def plain(**changed: Any) -> dict[str, Tensor]:
                 if muon and name.startswith("h.") and p.dim() == 2:
                     m = s["momentum"]
                     mean.mul_(m).add_((1 - m) * g)
-                    update = 0.2 * max(p.shape) ** 0.5 * orthogonalize(((1 - m) * g + m * mean)[None])[0]
+                    whole = (1 - m) * g + m * mean
+                    stacked = whole.chunk(3) if s["split_qkv"] and "c_attn" in name else [whole]
+                    update = torch.cat([0.2 * max(w.shape) ** 0.5 * orthogonalize(w[None])[0] for w in stacked])
                 else:
                     mean.mul_(s["beta1"]).add_((1 - s["beta1"]) * g)
                     square.mul_(s["beta2"]).add_((1 - s["beta2"]) * g * g)
@@ -155,13 +157,15 @@ def left_by_run(checkpoint: Path) -> dict[str, Tensor]:
     """The same of a run that was trained."""
     found = weights(checkpoint)
     state = load_state(checkpoint)["optimizer"]
-    rest, vectors, blocks = [], [], []
+    rest, vectors, blocks, qkv = [], [], [], []
+    groups = len(state["param_groups"])  # of AdamW, one more of Muon, or two if it splits c_attn
     for name, p in found.items():
-        muon = len(state["param_groups"]) == 3 and name.startswith("h.") and p.dim() == 2
-        (blocks if muon else rest if p.dim() == 2 else vectors).append(name)
+        muon = groups > 2 and name.startswith("h.") and p.dim() == 2
+        split = muon and groups == 4 and "c_attn" in name
+        (qkv if split else blocks if muon else rest if p.dim() == 2 else vectors).append(name)
     means = {
-        f"mean of {name}": state["state"][i]["exp_avg" if name not in blocks else "momentum"]
-        for i, name in enumerate(rest + vectors + blocks)
+        f"mean of {name}": state["state"][i]["exp_avg" if name not in blocks + qkv else "momentum"]
+        for i, name in enumerate(rest + vectors + blocks + qkv)
     }
     keys = ("train_loss", "grad_norm", "lr")
     lines = [[line[key] for key in keys] for line in metrics(checkpoint.parts[1]) if "lr" in line]
@@ -179,7 +183,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @setting("seed", "n_layer", "n_head", "n_embd", "block_size", "initializer_range", "total_batch_size", "max_steps")
 @setting("learning_rate", "min_learning_rate", "warmup_steps", "optimizer", "weight_decay", "beta1", "beta2")
-@setting("grad_clip", "momentum", "embedding_lr_scale")
+@setting("grad_clip", "momentum", "embedding_lr_scale", "split_qkv")
 @pytest.mark.parametrize(
     ("name", "value", "wrong", "beside"),  # wrong: values that would leave something else
     [
@@ -201,6 +205,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         ("beta2", 0.4, [0.0, 0.8, 0.95], {}),
         ("momentum", 0.6, [0.3, 0.8, 0.95], {"optimizer": "muon"}),
         ("embedding_lr_scale", 3.0, [0.5, 1.0, 2.0], {"optimizer": "muon"}),
+        ("split_qkv", True, [False], {"optimizer": "muon"}),
         ("grad_clip", 0.2, [0.0, 0.1, 0.4], {}),
     ],
 )
