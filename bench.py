@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,9 +150,14 @@ def bench_train(args: argparse.Namespace) -> None:
             trace = args.profile.resolve() if args.profile and not rates else None
             given = any(flag.startswith("--data=") for flag in flags)
             data = str(Path(cfg.data).resolve() if given else folder / "data")
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # for its own peak memory
-                row = pool.submit(time_training, dataclasses.replace(cfg, data=data), folder, trace).result()
             settings = " ".join(flag.removeprefix("--") for flag in flags) or "unchanged"
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # for its own peak memory
+                try:
+                    row = pool.submit(time_training, dataclasses.replace(cfg, data=data), folder, trace).result()
+                except BrokenProcessPool:
+                    raise UserError(
+                        f"training ({settings}) was killed, most likely for want of memory; try --set batch_size=1"
+                    ) from None
             rates.append((settings, row["rate"]))
             mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
             speed = f"{row['rate']:,.0f} | {row['slowest']:,.0f} | {mfu} | {row['of_matmul']:.1%}"

@@ -1,8 +1,8 @@
 """Run the trials behind the recipes in configs/ again, print their tables and draw them: `python docs/recipe.py`.
 
-The networks are 64 and 128 wide and see each byte of Linux's documentation at most once; docs/performance.md says how
-to prepare it. A run is a train.py process of one thread, `--jobs` of them at a time. Runs that have ended are kept in
-out/, so this may be stopped and started again. All take 14 minutes on two idle cores of an AMD EPYC.
+The networks are 64, 128 and 192 wide and see each byte of Linux's documentation at most once; docs/performance.md says
+how to prepare it. A run is a train.py process of one thread, `--jobs` of them at a time. Runs that have ended are kept
+in out/, so this may be stopped and started again. It takes about an hour on two idle cores of an AMD EPYC.
 """
 
 import argparse
@@ -20,10 +20,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-SHAPE = {64: (2, 0.07), 128: (4, 0.05)}  # width: layers, initializer_range; heads are 32 wide
+SHAPE = {64: (2, 0.07), 128: (4, 0.05), 192: (6, 0.06)}  # width: layers, initializer_range; heads are 32 wide
 RATES = {
     ("muon", 64): (8e-3, 16e-3, 32e-3),
     ("muon", 128): (5.66e-3, 11.3e-3, 22.6e-3),
+    ("muon", 192): (2.83e-3, 5.66e-3, 11.3e-3),
     ("adamw", 64): (2e-3, 4e-3, 8e-3, 16e-3),
     ("adamw", 128): (2.83e-3, 5.66e-3, 11.3e-3),
 }
@@ -39,13 +40,30 @@ PARTS = {  # what is changed in the run of Muon at PARTS_RATE and width 64
     "decay over the last 40 %": "--schedule wsd --decay_share 0.4",
     "decay over the last 20 %": "--schedule wsd --decay_share 0.2",
     "no weight decay": "--weight_decay 0",
+    "weight decay 0.05": "--weight_decay 0.05",
     "weight decay 0.28": "--weight_decay 0.28",
+    "query, key and value apart": "--split_qkv true",
     "no warm-up": "--warmup_steps 0",
     "no clipping": "--grad_clip 0",
 }
 PARTS_RATE = 16e-3
-WIDEST, ADAMW_RATE, MUON_RATE = 128, 2.83e-3, 11.3e-3  # three seeds, 600 steps against 360
-RECIPE = "--momentum 0.9 --embedding_lr_scale 2"
+SLOWER = "--warmup_steps 100 --beta2 0.99"
+ADAMW = {  # rate and what is changed in the run of AdamW at width 128
+    "half the rate": (1.4e-3, ""),
+    "half the rate, warm-up of 100 steps": (1.4e-3, "--warmup_steps 100"),
+    "warm-up of 100 steps": (2.83e-3, "--warmup_steps 100"),
+    "the same, initializer_range 0.02": (2.83e-3, "--warmup_steps 100 --initializer_range 0.02"),
+    "1.4 times the rate, beta2 0.99": (4e-3, "--beta2 0.99"),
+    "warm-up of 100 steps, beta2 0.99": (2.83e-3, SLOWER),
+    "the same, no weight decay": (2.83e-3, f"{SLOWER} --weight_decay 0"),
+    "the same, initializer_range 0.08": (2.83e-3, f"{SLOWER} --initializer_range 0.08"),
+    "the same, decay over the last 40 %": (2.83e-3, f"{SLOWER} --schedule wsd --decay_share 0.4"),
+    "both": (2.83e-3, f"{SLOWER} --initializer_range 0.08 --schedule wsd --decay_share 0.4"),
+    "both, 0.12 and 1.4 times the rate": (4e-3, f"{SLOWER} --initializer_range 0.12 --schedule wsd --decay_share 0.4"),
+}
+WIDEST = 192  # three seeds, 600 steps of AdamW at the best of these rates against 360 of the recipe
+ADAMW_RATES, BEST_ADAMW = (2e-3, 2.83e-3), f"{SLOWER} --initializer_range 0.065 --schedule wsd --decay_share 0.4"
+RECIPE_RATE, RECIPE = 8e-3, "--momentum 0.9 --embedding_lr_scale 2 --split_qkv true --initializer_range 0.05"
 NOISE = 0.007  # standard deviation of a loss between seeds, nats per byte
 EXTRAPOLATE = (768, 1024, 1280, 1600)
 
@@ -115,10 +133,11 @@ def main() -> None:
 
     grid = {key: [trials.start(*key, rate) for rate in rates] for key, rates in RATES.items()}
     parts = {name: trials.start("muon", 64, PARTS_RATE, change=change) for name, change in PARTS.items()}
-    pairs = [
-        [trials.start("adamw", WIDEST, ADAMW_RATE, seed), trials.start("muon", WIDEST, MUON_RATE, seed, 360, RECIPE)]
-        for seed in (1, 2, 3)
-    ]
+    tuning = {name: trials.start("adamw", 128, rate, change=change) for name, (rate, change) in ADAMW.items()}
+    widest = [trials.start("adamw", WIDEST, rate, change=BEST_ADAMW) for rate in ADAMW_RATES]
+    recipes = [trials.start("muon", WIDEST, RECIPE_RATE, seed, 360, RECIPE) for seed in (1, 2, 3)]
+    best = ADAMW_RATES[int(np.argmin([run.result() for run in widest]))]
+    adamws = [trials.start("adamw", WIDEST, best, seed, change=BEST_ADAMW) for seed in (1, 2, 3)]
 
     print("| optimizer | width | rate: loss | best rate |\n|---|---|---|---|")
     losses = {key: [run.result() for run in runs] for key, runs in grid.items()}
@@ -139,8 +158,12 @@ def main() -> None:
     for name, run in parts.items():
         print(f"| {name} | {run.result():.3f} | {base - run.result():+.3f} |")
 
-    print("\n| seed | AdamW, 600 steps | the recipe, 360 steps |\n|---|---|---|")
-    for seed, (adamw, recipe) in enumerate(pairs, 1):
+    print("\n| AdamW at width 128 | loss |\n|---|---|")
+    for name, run in tuning.items():
+        print(f"| {name} | {run.result():.3f} |")
+
+    print(f"\n| seed | AdamW, {best:g}, 600 steps | the recipe, 360 steps |\n|---|---|---|")
+    for seed, (adamw, recipe) in enumerate(zip(adamws, recipes), 1):
         print(f"| {seed} | {adamw.result():.3f} | {recipe.result():.3f} |")
     draw(losses)
     print(f"\n{(time.monotonic() - began) / 60:.0f} minutes")

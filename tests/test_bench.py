@@ -1,6 +1,8 @@
 """What bench.py reports follows its flags; its figures are nobody's to assert."""
 
+import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
         return capsys.readouterr().out
 
     return run
+
+
+def killed(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_training_that_is_killed_gives_a_sentence(run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "time_training", killed)
+    with pytest.raises(UserError, match=r"training \(unchanged\) was killed, most likely for want of memory; try"):
+        run("train configs/shakespeare.toml")
 
 
 def test_sample_times_what_the_flags_say(run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
