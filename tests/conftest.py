@@ -32,6 +32,7 @@ PAGE = 4096  # in which a tmpfs counts
 ROOT = Path(__file__).resolve().parent.parent
 # The recipe that `python train.py` runs, made small by flags alone: no setting that users have is absent here.
 TINY = [str(ROOT / "configs" / "shakespeare.toml"), "--run_name", "tiny", "--device", "cpu", "--dtype", "float32"]
+TINY += ["--batch_size", "8"]  # so that 512 tokens are two micro-steps
 TINY += ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--total_batch_size", "512"]
 TINY += ["--max_steps", "12", "--warmup_steps", "2", "--learning_rate", "1e-2", "--log_interval", "1"]
 TINY += ["--eval_interval", "6", "--checkpoint_interval", "4", "--keep_checkpoints", "9"]

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import bench
 from gpt2_scratch.cli import UserError
@@ -36,7 +37,7 @@ def killed(*_: object) -> None:
 def test_training_that_is_killed_gives_a_sentence(run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "time_training", killed)
     with pytest.raises(UserError, match=r"training \(unchanged\) was killed, most likely for want of memory; try"):
-        run("train configs/shakespeare.toml")
+        run(f"train {ROOT / 'configs' / 'shakespeare.toml'}")
 
 
 def test_sample_times_what_the_flags_say(run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +83,7 @@ def test_sample_times_other_programs_beside_ours(
     rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in out.splitlines() if "| llamacpp" in line]
     assert rows == [["1", "llamacpp", "int8"], ["1", "llamacpp", "q4"], ["2", "llamacpp", "int8"]]
     assert asked == [(1, 2), (1, 5)] * 2 + [(2, 2), (2, 5)]
-    assert re.search(r"^batch 2: [\d.]+ times transformers, [\d.]+ times llamacpp, ", out, re.MULTILINE)
+    assert re.search(r"^batch 2: \S+ times transformers, \S+ times llamacpp, ", out, re.MULTILINE)
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
     with pytest.raises(UserError, match="ctranslate2"):
         run(f"sample {flags} --with ctranslate2")
