@@ -139,17 +139,19 @@ def bench_train(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data").mkdir()
-        # Random tokens of GPT-2's vocabulary unless `data` is set: the speed does not depend on their values.
+        # Random tokens of GPT-2's vocabulary where the recipe's data is missing: the values do not affect the speed.
         ids = np.random.default_rng(0).integers(50257, size=2**22, dtype=np.uint16)
         shards = {split: write_shards(folder / "data", split, [ids], 50257) for split in ("train", "val")}
         write_meta(folder / "data", shards)
         device = describe(pick_device(first.device))
         print(f"{args.config} on {device}, torch {torch.__version__}; medians of {ROUNDS} x {interval} training steps")
+        given = any(setting.startswith("data=") for setting in args.set)
+        if not given and not Path(first.data).exists():
+            print(f"{first.data} does not exist: random tokens of GPT-2's vocabulary instead")
         print("| settings | tokens/s | slowest | MFU | of matmul | peak GiB | start s |\n|" + "---|" * 7)
         for flags, cfg in zip(combinations, configs):
             trace = args.profile.resolve() if args.profile and not rates else None
-            given = any(flag.startswith("--data=") for flag in flags)
-            data = str(Path(cfg.data).resolve() if given else folder / "data")
+            data = str(Path(cfg.data).resolve() if given or Path(cfg.data).exists() else folder / "data")
             settings = " ".join(flag.removeprefix("--") for flag in flags) or "unchanged"
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # for its own peak memory
                 try:

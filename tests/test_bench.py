@@ -15,7 +15,7 @@ from conftest import ROOT
 
 import bench
 from gpt2_scratch.cli import UserError
-from gpt2_scratch.config import parse_config
+from gpt2_scratch.config import TrainConfig, parse_config
 from gpt2_scratch.rivals import Rival
 from model import GPT, GPTConfig
 
@@ -38,6 +38,28 @@ def test_training_that_is_killed_gives_a_sentence(run: Callable[[str], str], mon
     monkeypatch.setattr(bench, "time_training", killed)
     with pytest.raises(UserError, match=r"training \(unchanged\) was killed, most likely for want of memory; try"):
         run(f"train {ROOT / 'configs' / 'shakespeare.toml'}")
+
+
+def tells_its_data(cfg: TrainConfig, *_: object) -> None:
+    raise UserError(cfg.data)
+
+
+def test_training_reads_the_data_of_the_recipe_if_it_is_there(
+    run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A recipe for bytes would otherwise be timed with GPT-2's vocabulary, 196 times as large."""
+    monkeypatch.setattr(bench, "time_training", tells_its_data)
+    monkeypatch.chdir(tmp_path)
+    recipe = f"train {ROOT / 'configs' / 'shakespeare.toml'}"
+    with pytest.raises(UserError, match=r"^(?!.*shakespeare)"):
+        run(recipe)
+    assert "data/shakespeare does not exist: random tokens" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"typo$"):
+        run(f"{recipe} --set data=data/typo")
+    (tmp_path / "data" / "shakespeare").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"^{tmp_path}/data/shakespeare$"):
+        run(recipe)
+    assert "random tokens" not in capsys.readouterr().out
 
 
 def test_sample_times_what_the_flags_say(run: Callable[[str], str], monkeypatch: pytest.MonkeyPatch) -> None:
