@@ -1,8 +1,8 @@
 """Run the trials behind the recipes in configs/ again, print their tables and draw them: `python docs/recipe.py`.
 
-The networks are 64 and 128 wide and see each byte of Linux's documentation at most once; docs/performance.md says how
-to prepare it. A run is a train.py process of one thread, `--jobs` of them at a time. Runs that have ended are kept in
-out/, so this may be stopped and started again. All take some 25 minutes on two idle cores of an AMD EPYC.
+The networks are 64, 128 and 256 wide and see each byte of Linux's documentation at most once; docs/performance.md says
+how to prepare it. A run is a train.py process of one thread, `--jobs` of them at a time. Runs that have ended are kept
+in out/, so this may be stopped and started again. All take some 100 minutes on two idle cores of an AMD EPYC.
 """
 
 import argparse
@@ -20,12 +20,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-SHAPE = {64: (2, 0.07), 128: (4, 0.05)}  # width: layers, initializer_range; heads are 32 wide
+SHAPE = {64: (2, 0.07), 128: (4, 0.05), 256: (8, 0.035)}  # width: layers, initializer_range; heads are 32 wide
+TUNED = {  # AdamW's best settings, found at width 128 with the trials in ADAMW; the first weights narrower at 256
+    128: "--warmup_steps 100 --beta2 0.99 --initializer_range 0.08 --schedule wsd --decay_share 0.4",
+    256: "--warmup_steps 100 --beta2 0.99 --initializer_range 0.057 --schedule wsd --decay_share 0.4",
+}
 RATES = {
     ("muon", 64): (8e-3, 16e-3, 32e-3),
     ("muon", 128): (5.66e-3, 11.3e-3, 22.6e-3),
+    ("muon", 256): (2.83e-3, 5.66e-3, 11.3e-3),
     ("adamw", 64): (2e-3, 4e-3, 8e-3, 16e-3),
     ("adamw", 128): (2.83e-3, 5.66e-3, 11.3e-3),
+    ("tuned adamw", 128): (2e-3, 2.83e-3, 4e-3, 5.66e-3),
+    ("tuned adamw", 256): (1.41e-3, 2e-3, 2.83e-3),
 }
 PARTS = {  # what is changed in the run of Muon at PARTS_RATE and width 64
     "nothing": "",
@@ -57,12 +64,12 @@ ADAMW = {  # rate and what is changed in the run of AdamW at width 128
     "the same, no weight decay": (2.83e-3, f"{SLOWER} --weight_decay 0"),
     "the same, initializer_range 0.08": (2.83e-3, f"{SLOWER} --initializer_range 0.08"),
     "the same, decay over the last 40 %": (2.83e-3, f"{SLOWER} --schedule wsd --decay_share 0.4"),
-    "both": (2.83e-3, f"{SLOWER} --initializer_range 0.08 --schedule wsd --decay_share 0.4"),
+    "both": (2.83e-3, TUNED[128]),
     "both, 0.12 and 1.4 times the rate": (4e-3, f"{SLOWER} --initializer_range 0.12 --schedule wsd --decay_share 0.4"),
 }
-BEST_ADAMW = ADAMW["both"]
-RECIPE = (11.3e-3, "--momentum 0.9 --embedding_lr_scale 2")  # three seeds at width 128, 360 steps against AdamW's 600
-NOISE = 0.007  # standard deviation of a loss between seeds, nats per byte
+RECIPE = "--momentum 0.9 --embedding_lr_scale 2"  # of Muon
+BEST = {128: (2.83e-3, 11.3e-3), 256: (2e-3, 5.66e-3)}  # width: rates of the tuned AdamW and of the recipe
+NOISE = 0.02  # standard deviation of a loss between seeds, nats per byte
 EXTRAPOLATE = (768, 1024, 1280, 1600)
 
 
@@ -102,6 +109,10 @@ def train(run: Path, flags: list[str]) -> float:
     return json.loads(log.read_text().splitlines()[-1])["val_loss"]
 
 
+def settings(optimizer: str, width: int) -> str:
+    return TUNED[width] if optimizer.startswith("tuned") else ""
+
+
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
     """The minimum of a parabola through the losses over log(rate), kept within the rates tried."""
     a, b, _ = np.polyfit(np.log(rates), losses, 2)
@@ -129,16 +140,20 @@ def main() -> None:
     args = parser.parse_args()
     trials, began = Trials(str(Path(args.data).resolve()), args.jobs), time.monotonic()
 
-    grid = {key: [trials.start(*key, rate) for rate in rates] for key, rates in RATES.items()}
+    grid = {
+        (name, width): [trials.start(name.split()[-1], width, rate, change=settings(name, width)) for rate in rates]
+        for (name, width), rates in RATES.items()
+    }
     parts = {name: trials.start("muon", 64, PARTS_RATE, change=change) for name, change in PARTS.items()}
     tuning = {name: trials.start("adamw", 128, rate, change=change) for name, (rate, change) in ADAMW.items()}
-    pairs = [
-        [
-            trials.start("adamw", 128, BEST_ADAMW[0], seed, change=BEST_ADAMW[1]),
-            trials.start("muon", 128, RECIPE[0], seed, 360, RECIPE[1]),
+    pairs = {
+        (width, seed): [
+            trials.start("adamw", width, adamw, seed, change=TUNED[width]),
+            trials.start("muon", width, muon, seed, 360, RECIPE),
         ]
+        for width, (adamw, muon) in BEST.items()
         for seed in (1, 2, 3)
-    ]
+    }
 
     print("| optimizer | width | rate: loss | best rate |\n|---|---|---|---|")
     losses = {key: [run.result() for run in runs] for key, runs in grid.items()}
@@ -146,7 +161,7 @@ def main() -> None:
         rates = RATES[optimizer, width]
         pairs_of = ", ".join(f"{rate:.3g}: {loss:.3f}" for rate, loss in zip(rates, found))
         print(f"| {optimizer} | {width} | {pairs_of} | {best_rate(rates, found):.2g} |")
-    for optimizer in ("muon", "adamw"):
+    for optimizer in ("muon", "tuned adamw"):
         lines = trends({width: losses[name, width] for name, width in losses if name == optimizer}, optimizer)
         low, middle, high = np.quantile(lines[:, 0], (0.05, 0.5, 0.95))
         print(f"\n{optimizer}: best rate ~ width^{middle:.2f} (90 % of draws within {low:.2f} to {high:.2f})")
@@ -163,9 +178,9 @@ def main() -> None:
     for name, run in tuning.items():
         print(f"| {name} | {run.result():.3f} |")
 
-    print("\n| seed | AdamW, 600 steps | the recipe, 360 steps |\n|---|---|---|")
-    for seed, (adamw, recipe) in enumerate(pairs, 1):
-        print(f"| {seed} | {adamw.result():.3f} | {recipe.result():.3f} |")
+    print("\n| width | seed | tuned AdamW, 600 steps | the recipe, 360 steps |\n|---|---|---|---|")
+    for (width, seed), (adamw, recipe) in pairs.items():
+        print(f"| {width} | {seed} | {adamw.result():.3f} | {recipe.result():.3f} |")
     draw(losses)
     print(f"\n{(time.monotonic() - began) / 60:.0f} minutes")
 
@@ -175,12 +190,15 @@ def draw(losses: dict[tuple[str, int], list[float]]) -> None:
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for ax, optimizer in zip(axes, ("muon", "adamw")):
-        for width in sorted(width for name, width in losses if name == optimizer):
-            rates, found = RATES[optimizer, width], losses[optimizer, width]
-            (line,) = ax.semilogx(rates, found, "o", label=f"width {width}")
+        for name, width in sorted(key for key in losses if key[0].endswith(optimizer)):
+            rates, found = RATES[name, width], losses[name, width]
+            label, style = (f"{width}, tuned", "--") if name.startswith("tuned") else (f"width {width}", "-")
+            (line,) = ax.semilogx(rates, found, "o", label=label)
             finer = np.geomspace(rates[0], rates[-1])
-            ax.plot(finer, np.polyval(np.polyfit(np.log(rates), found, 2), np.log(finer)), color=line.get_color())
-        ax.set_xticks(RATES[optimizer, 64], [f"{rate:g}" for rate in RATES[optimizer, 64]])
+            fit = np.polyval(np.polyfit(np.log(rates), found, 2), np.log(finer))
+            ax.plot(finer, fit, style, color=line.get_color())
+        ticks = RATES[optimizer, 64] if optimizer == "adamw" else (4e-3, *RATES["muon", 64])
+        ax.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         ax.set_xticks([], minor=True)
         ax.set(title={"muon": "Muon", "adamw": "AdamW"}[optimizer], xlabel="learning rate")
         ax.legend()
