@@ -193,10 +193,11 @@ def draw(losses: dict[tuple[str, int], list[float]]) -> None:
         for name, width in sorted(key for key in losses if key[0].endswith(optimizer)):
             rates, found = RATES[name, width], losses[name, width]
             label, style = (f"{width}, tuned", "--") if name.startswith("tuned") else (f"width {width}", "-")
-            (line,) = ax.semilogx(rates, found, "o", label=label)
+            color = f"C{list(SHAPE).index(width)}"
+            ax.semilogx(rates, found, "o", color=color, label=label, fillstyle="none" if style == "--" else "full")
             finer = np.geomspace(rates[0], rates[-1])
             fit = np.polyval(np.polyfit(np.log(rates), found, 2), np.log(finer))
-            ax.plot(finer, fit, style, color=line.get_color())
+            ax.plot(finer, fit, style, color=color)
         ticks = RATES[optimizer, 64] if optimizer == "adamw" else (4e-3, *RATES["muon", 64])
         ax.set_xticks(ticks, [f"{rate:g}" for rate in ticks])
         ax.set_xticks([], minor=True)
