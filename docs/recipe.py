@@ -116,7 +116,9 @@ def settings(optimizer: str, width: int) -> str:
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
     """The minimum of a parabola through the losses over log(rate), kept within the rates tried."""
     a, b, _ = np.polyfit(np.log(rates), losses, 2)
-    return float(np.exp(np.clip(-b / (2 * a), np.log(rates[0]), np.log(rates[-1])))) if a > 0 else rates[0]
+    if a <= 0:
+        return rates[int(np.argmin(losses))]
+    return float(np.exp(np.clip(-b / (2 * a), np.log(rates[0]), np.log(rates[-1]))))
 
 
 def trends(losses: dict[int, list[float]], optimizer: str, draws: int = 2000) -> np.ndarray:
