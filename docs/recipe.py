@@ -49,6 +49,9 @@ PARTS = {  # what is changed in the run of Muon at PARTS_RATE and width 64
     "weight decay 0.05": "--weight_decay 0.05",
     "weight decay 0.28": "--weight_decay 0.28",
     "query, key and value apart": "--split_qkv true",
+    "beta1 of the embeddings 0.8": "--beta1 0.8",
+    "beta2 of the embeddings 0.9": "--beta2 0.9",
+    "beta2 of the embeddings 0.99": "--beta2 0.99",
     "no warm-up": "--warmup_steps 0",
     "no clipping": "--grad_clip 0",
 }
