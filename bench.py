@@ -139,19 +139,20 @@ def bench_train(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "data").mkdir()
-        # Random tokens of GPT-2's vocabulary where the recipe's data is missing: the values do not affect the speed.
+        # Random tokens of GPT-2's vocabulary where the recipe's data is missing; their values do not affect the speed.
         ids = np.random.default_rng(0).integers(50257, size=2**22, dtype=np.uint16)
         shards = {split: write_shards(folder / "data", split, [ids], 50257) for split in ("train", "val")}
         write_meta(folder / "data", shards)
         device = describe(pick_device(first.device))
         print(f"{args.config} on {device}, torch {torch.__version__}; medians of {ROUNDS} x {interval} training steps")
         given = any(setting.startswith("data=") for setting in args.set)
-        if not given and not Path(first.data).exists():
+        missing = not given and not Path(first.data).exists()
+        if missing:
             print(f"{first.data} does not exist: random tokens of GPT-2's vocabulary instead")
         print("| settings | tokens/s | slowest | MFU | of matmul | peak GiB | start s |\n|" + "---|" * 7)
         for flags, cfg in zip(combinations, configs):
             trace = args.profile.resolve() if args.profile and not rates else None
-            data = str(Path(cfg.data).resolve() if given or Path(cfg.data).exists() else folder / "data")
+            data = str(folder / "data" if missing else Path(cfg.data).resolve())
             settings = " ".join(flag.removeprefix("--") for flag in flags) or "unchanged"
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # for its own peak memory
                 try:

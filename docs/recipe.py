@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {64: (2, 0.07), 128: (4, 0.05), 256: (8, 0.035)}  # width: layers, initializer_range; heads are 32 wide
-TUNED = {  # AdamW's best settings, found at width 128 with the trials in ADAMW; the first weights narrower at 256
-    128: "--warmup_steps 100 --beta2 0.99 --initializer_range 0.08 --schedule wsd --decay_share 0.4",
-    256: "--warmup_steps 100 --beta2 0.99 --initializer_range 0.057 --schedule wsd --decay_share 0.4",
+SLOWER = "--warmup_steps 100 --beta2 0.99"
+TUNED = {  # AdamW's best settings, found at width 128 with the trials in ADAMW; first weights go with width^-0.5
+    width: f"{SLOWER} --initializer_range {spread} --schedule wsd --decay_share 0.4"
+    for width, spread in ((128, 0.08), (256, 0.057))
 }
 RATES = {
     ("muon", 64): (8e-3, 16e-3, 32e-3),
@@ -56,7 +57,6 @@ PARTS = {  # what is changed in the run of Muon at PARTS_RATE and width 64
     "no clipping": "--grad_clip 0",
 }
 PARTS_RATE = 16e-3
-SLOWER = "--warmup_steps 100 --beta2 0.99"
 ADAMW = {  # rate and what is changed in the run of AdamW at width 128
     "half the rate": (1.4e-3, ""),
     "half the rate, warm-up of 100 steps": (1.4e-3, "--warmup_steps 100"),
@@ -112,10 +112,6 @@ def train(run: Path, flags: list[str]) -> float:
     return json.loads(log.read_text().splitlines()[-1])["val_loss"]
 
 
-def settings(optimizer: str, width: int) -> str:
-    return TUNED[width] if optimizer.startswith("tuned") else ""
-
-
 def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
     """The minimum of a parabola through the losses over log(rate), kept within the rates tried."""
     a, b, _ = np.polyfit(np.log(rates), losses, 2)
@@ -145,10 +141,10 @@ def main() -> None:
     args = parser.parse_args()
     trials, began = Trials(str(Path(args.data).resolve()), args.jobs), time.monotonic()
 
-    grid = {
-        (name, width): [trials.start(name.split()[-1], width, rate, change=settings(name, width)) for rate in rates]
-        for (name, width), rates in RATES.items()
-    }
+    grid = {}
+    for (name, width), rates in RATES.items():
+        change = TUNED[width] if name == "tuned adamw" else ""
+        grid[name, width] = [trials.start(name.split()[-1], width, rate, change=change) for rate in rates]
     parts = {name: trials.start("muon", 64, PARTS_RATE, change=change) for name, change in PARTS.items()}
     tuning = {name: trials.start("adamw", 128, rate, change=change) for name, (rate, change) in ADAMW.items()}
     pairs = {
