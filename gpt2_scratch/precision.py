@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from gpt2_scratch.cpu.decode import PackedLinear, can_compile, can_pack
+from gpt2_scratch.cpu.compiler import can_compile
+from gpt2_scratch.cpu.decode import PackedLinear, can_pack
 from gpt2_scratch.device import autocast_to, shortest
 from gpt2_scratch.distributed import Runtime
 from model import Block, GPTConfig

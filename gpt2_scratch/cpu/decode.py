@@ -5,15 +5,8 @@ Decoding is bandwidth-bound: each token reads every weight once, so its time is 
 
 import ctypes
 import functools
-import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2_scratch.cli import UserError
+from gpt2_scratch.cpu.compiler import build
 from gpt2_scratch.device import keep_freed_memory, shortest
 from model import GPT, Block, CacheView
 
@@ -42,16 +36,6 @@ class PackedLinear(nn.Module):
 def can_pack() -> bool:
     """Whether oneDNN supports bfloat16 on this CPU; on x86 that takes AVX512."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def can_compile() -> bool:
-    """Whether to expect `kernels`: on Linux, with AVX2 or AVX512 and a C compiler ($CC, or else `cc`)."""
-    registers = torch.backends.cpu.get_cpu_capability()
-    return sys.platform == "linux" and registers.startswith("AVX") and compiler() is not None
-
-
-def compiler() -> str | None:
-    return shutil.which(os.environ.get("CC", "cc"))
 
 
 @functools.cache
@@ -94,21 +78,8 @@ def faster(this: Callable[[Tensor], Tensor], than: Callable[[Tensor], Tensor]) -
 @functools.cache
 def compiled(round_inputs: bool) -> Any:
     """kernels.c with or without rounding its inputs; None if it cannot be compiled."""
-    if not can_compile():
-        return None
-    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-nodefaultlibs"]
-    if round_inputs:
-        flags.append("-DROUND_INPUTS")
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # all there is, or all that ATEN_CPU_CAPABILITY allows
-        flags.append("-mno-avx512f")
-    try:
-        # Link with the OpenMP library that torch has loaded: two thread pools would compete for the cores.
-        openmp: Any = re.search(r"/.*/lib(gomp|iomp5|omp)\b.*", Path("/proc/self/maps").read_text())
-        with tempfile.TemporaryDirectory() as folder:
-            source, file = Path(__file__).with_name("kernels.c"), f"{folder}/kernels.so"
-            subprocess.run([str(compiler()), *flags, source, openmp[0], "-o", file], check=True, capture_output=True)
-            library: Any = ctypes.CDLL(file)  # stays loaded after its file is deleted
-    except (OSError, TypeError, subprocess.CalledProcessError):
+    library = build("kernels.c", *["-DROUND_INPUTS"] * round_inputs)
+    if library is None:
         return None
     library.tile_outputs = ctypes.c_int.in_dll(library, "tile_outputs").value
     library.linear.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]

@@ -1,0 +1,90 @@
+"""The GELU of training on a CPU, against torch's own in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gpt2_scratch.config import TrainConfig
+from gpt2_scratch.cpu import gelu as module
+from gpt2_scratch.cpu.gelu import fast_gelu
+from gpt2_scratch.distributed import Runtime
+from gpt2_scratch.parallel import wrap
+from model import ACTIVATIONS, GPT, GPTConfig
+
+needs_compiler = pytest.mark.skipif(module.library() is None, reason="needs Linux, AVX2 and a C compiler")
+
+
+def exact(x: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and gradient in float64."""
+    wide = x.detach().double().requires_grad_()
+    y = F.gelu(wide, approximate="tanh")
+    y.backward(upstream.double())
+    assert wide.grad is not None
+    return y.detach(), wide.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n", [1, 7, 1000, 100_003])
+def test_values_and_gradient_are_those_of_float64(n: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(n)
+    x = torch.cat([torch.randn(n) * 3, torch.linspace(-12, 12, n), torch.tensor([0.0, -0.0, 100.0, -100.0, 1e9, -1e9])])
+    x = x.to(dtype).nan_to_num(posinf=6e4, neginf=-6e4).requires_grad_()
+    upstream = torch.randn(len(x)).to(dtype)
+    y = fast_gelu(x)
+    y.backward(upstream)
+    assert y.dtype == dtype and x.grad is not None
+    error = {"rtol": max(torch.finfo(dtype).eps, 1e-6), "atol": 1e-6 if dtype != torch.float16 else 1e-4}
+    for ours, theirs in zip((y.detach(), x.grad), exact(x, upstream)):
+        torch.testing.assert_close(ours.double(), theirs, **error)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_stays_nan_and_infinity_is_not_lost(dtype: torch.dtype) -> None:
+    quiet, negative = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # every bit of the payload
+    x = torch.tensor([float("nan"), quiet, negative, float("inf")]).to(dtype).requires_grad_()
+    y = fast_gelu(x)
+    y.backward(torch.ones_like(x))
+    assert x.grad is not None and x.grad.isnan().all()  # as torch's, at infinity too
+    assert y[:3].isnan().all() and y[3].isinf()
+
+
+@needs_compiler
+def test_any_strides_will_do() -> None:
+    x = torch.randn(4, 6).t().requires_grad_()
+    fast_gelu(x).sum().backward()  # an expanded gradient
+    y, gradient = exact(x, torch.ones_like(x))
+    torch.testing.assert_close(fast_gelu(x).detach().double(), y, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(x.grad.double(), gradient, rtol=1e-6, atol=1e-6)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.called.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compiles", [pytest.param(True, marks=needs_compiler), False])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_training_on_a_cpu_uses_it_for_the_tanh_form(
+    activation: str, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiles:
+        monkeypatch.setattr(module, "library", lambda: None)
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=97, n_layer=2, n_head=2, n_embd=32, activation=activation))
+    idx = torch.randint(97, (3, 9))
+    plain = torch.autograd.grad(model(idx[:, :-1], idx[:, 1:])[1], list(model.parameters()))
+    loss_fn = wrap(model, TrainConfig(compile=False), 3, torch.float32, Runtime(torch.device("cpu")))
+    with Operators() as operators:
+        ours = torch.autograd.grad(loss_fn(idx[:, :-1], idx[:, 1:]), list(model.parameters()))
+    tanh = activation in ("gelu_new", "gelu_pytorch_tanh")
+    assert ("aten::gelu" in operators.called) == (activation == "gelu" or (tanh and not compiles))
+    for before, after in zip(plain, ours):
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-6)
