@@ -25,17 +25,17 @@ def exact(x: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), wide.grad
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 7, 1000, 100_003])
 def test_values_and_gradient_are_those_of_float64(n: int, dtype: torch.dtype) -> None:
     torch.manual_seed(n)
     x = torch.cat([torch.randn(n) * 3, torch.linspace(-12, 12, n), torch.tensor([0.0, -0.0, 100.0, -100.0, 1e9, -1e9])])
-    x = x.to(dtype).nan_to_num(posinf=6e4, neginf=-6e4).requires_grad_()
+    x = x.to(dtype).requires_grad_()
     upstream = torch.randn(len(x)).to(dtype)
     y = fast_gelu(x)
     y.backward(upstream)
     assert y.dtype == dtype and x.grad is not None
-    error = {"rtol": max(torch.finfo(dtype).eps, 1e-6), "atol": 1e-6 if dtype != torch.float16 else 1e-4}
+    error = {"rtol": max(0.51 * torch.finfo(dtype).eps, 1e-6), "atol": 1e-6}  # rounded to nearest
     for ours, theirs in zip((y.detach(), x.grad), exact(x, upstream)):
         torch.testing.assert_close(ours.double(), theirs, **error)
 
@@ -43,21 +43,21 @@ def test_values_and_gradient_are_those_of_float64(n: int, dtype: torch.dtype) ->
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nan_stays_nan_and_infinity_is_not_lost(dtype: torch.dtype) -> None:
-    quiet, negative = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)  # every bit of the payload
-    x = torch.tensor([float("nan"), quiet, negative, float("inf")]).to(dtype).requires_grad_()
+    x = torch.tensor([float("nan"), float("inf")]).to(dtype).requires_grad_()
     y = fast_gelu(x)
     y.backward(torch.ones_like(x))
     assert x.grad is not None and x.grad.isnan().all()  # as torch's, at infinity too
-    assert y[:3].isnan().all() and y[3].isinf()
+    assert y[0].isnan() and y[1].isinf()
 
 
 @needs_compiler
-def test_any_strides_will_do() -> None:
+@pytest.mark.parametrize("upstream", [torch.randn(6, 4), torch.randn(4, 6).t(), torch.ones(()).expand(6, 4)])
+def test_any_strides_will_do(upstream: Tensor) -> None:
     x = torch.randn(4, 6).t().requires_grad_()
-    fast_gelu(x).sum().backward()  # an expanded gradient
-    y, gradient = exact(x, torch.ones_like(x))
-    torch.testing.assert_close(fast_gelu(x).detach().double(), y, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad.double(), gradient, rtol=1e-6, atol=1e-6)
+    y = fast_gelu(x)
+    y.backward(upstream)
+    for ours, theirs in zip((y.detach(), x.grad), exact(x, upstream)):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
 
 
 class Operators(TorchDispatchMode):

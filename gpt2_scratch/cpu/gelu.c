@@ -45,7 +45,7 @@ static inline uint16_t narrow(float x)  // rounds to nearest even
 {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
-    return x != x ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
 #define EACH _Pragma("omp parallel for simd") for (long i = 0; i < n; i++)
