@@ -16,7 +16,7 @@ from gpt2_scratch.cpu.cross_entropy import lean_cross_entropy
 from gpt2_scratch.cpu.gelu import fast_gelu
 from gpt2_scratch.device import autocast_to
 from gpt2_scratch.distributed import Runtime, all_gather
-from model import GPT
+from model import GPT, MLP
 
 
 class Loss(nn.Module):
@@ -103,8 +103,8 @@ def wrap(model: GPT, cfg: TrainConfig, batch_size: int, dtype: torch.dtype, rt: 
         if rt.device.type == "cpu":
             model.cross_entropy = lean_cross_entropy
             if model.config.activation in ("gelu_new", "gelu_pytorch_tanh"):
-                for block in model.h:
-                    block.mlp.activation = fast_gelu
+                for mlp in (module for module in model.modules() if isinstance(module, MLP)):
+                    mlp.activation = fast_gelu
         loss_fn = build(Loss(model))
         loss = warm_up(loss_fn, batch_size) if loss_fn.ddp else None
     if loss_fn.ddp:
