@@ -33,7 +33,7 @@ from gpt2_scratch.scoring import (
     read_rows,
     sliding,
     subset,
-    summarise,
+    summarize,
 )
 from gpt2_scratch.sources import documents, is_stream
 from gpt2_scratch.tokenizer import Tokenizer, check_vocabulary
@@ -151,12 +151,12 @@ def score(
                 metric, (value, n) = next(iter(verdict.items()))
                 before = sums.get(metric, (0.0, 0.0))
                 sums[metric] = before[0] + value, before[1] + n
-            running = ", ".join(f"{metric} {score.value:.4f}" for metric, score in summarise([sums]).items())
+            running = ", ".join(f"{metric} {score.value:.4f}" for metric, score in summarize([sums]).items())
             bar.set_postfix_str(running, refresh=False)
             bar.update(min(len(verdicts) * rt.world_size, bar.total - bar.n))
             return True
 
-        return summarise(judge_all(model, examples, batch_size, autocast_to(dtype, rt.device), rt, show))
+        return summarize(judge_all(model, examples, batch_size, autocast_to(dtype, rt.device), rt, show))
 
 
 def evaluate(args: argparse.Namespace, rt: Runtime) -> None:

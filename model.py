@@ -1,4 +1,4 @@
-"""GPT-1 and GPT-2 in one file: the network, its initialisation and loss, text generation, published weights.
+"""GPT-1 and GPT-2 in one file: the network, its initialization and loss, text generation, published weights.
 
 GPT-2: Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3. GPT-1: Radford et
 al., "Improving Language Understanding by Generative Pre-Training" (2018), section 4.1.
@@ -219,7 +219,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """The network. `GPT(config)` is freshly initialised, `GPT.from_pretrained` loads weights."""
+    """The network. `GPT(config)` is freshly initialized, `GPT.from_pretrained` loads weights."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -251,7 +251,7 @@ class GPT(nn.Module):
         add up. Scaling them by 1 / sqrt(2 * n_layer) keeps the sum's variance independent of depth.
 
         Weights this small make the first logits nearly equal, so the first loss must be close to that of a uniform
-        guess, ln(vocab_size): 10.82 for 50,257 tokens. A much larger one means that the initialisation is wrong.
+        guess, ln(vocab_size): 10.82 for 50,257 tokens. A much larger one means that the initialization is wrong.
         """
         std = self.config.initializer_range
         for name, p in self.named_parameters():
@@ -510,7 +510,7 @@ def _to_hf(name: str, tensor: Tensor, config: GPTConfig) -> tuple[str, Tensor]:
 
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
-    """nn.Embedding. Its random initialisation on the meta device would import torch._dynamo, which takes seconds."""
+    """nn.Embedding. Its random initialization on the meta device would import torch._dynamo, which takes seconds."""
     if torch.get_default_device().type == "meta":
         return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
     return nn.Embedding(rows, width)

@@ -38,7 +38,7 @@ from gpt2_scratch.optim import learning_rate_at, memory_of
 from gpt2_scratch.parallel import LossFunction, full_state, unsharded, wrap
 from gpt2_scratch.precision import dtype_name
 from gpt2_scratch.run import check_replicas, end_for_nonfinite_steps, open_run, start_writing
-from gpt2_scratch.scoring import judge_all, summarise
+from gpt2_scratch.scoring import judge_all, summarize
 from gpt2_scratch.signals import StopSignals
 from gpt2_scratch.state import TrainState, load_train_state
 from gpt2_scratch.tokenizer import Tokenizer
@@ -382,7 +382,7 @@ def score_hellaswag(
     )
     model.train()
     signum = signal_of_any(signals, rt)
-    return {} if signum else {f"hellaswag_{name}": s.value for name, s in summarise(verdicts).items()}, signum
+    return {} if signum else {f"hellaswag_{name}": s.value for name, s in summarize(verdicts).items()}, signum
 
 
 def next_commands(run: Path, data: str) -> str:

@@ -543,7 +543,7 @@ def plot_positions(wpe: Tensor) -> Figure:
 
 
 def plot_weights(name: str, trained: Tensor, fresh: Tensor) -> Figure:
-    """The first 300 x 300 of a matrix (out, in) beside its initialisation, on one colour scale."""
+    """The first 300 x 300 of a matrix (out, in) beside its initialization, on one colour scale."""
     trained, fresh = trained[:300, :300], fresh[:300, :300]
     limit = float(np.quantile(torch.cat([trained, fresh]).abs().numpy(), 0.995)) or 1.0
     figure, all_axes = panels(f"{name}, first {trained.shape[0]} x {trained.shape[1]}", 2, 5.5, 4.3)
@@ -735,7 +735,7 @@ def draw_weights(subject: Subject) -> Iterator[Section]:
     weight = subject.model.get_parameter(name).detach()
     fresh = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * std
     yield Section(
-        "A weight matrix and its initialisation",
+        "A weight matrix and its initialization",
         "The matrix that makes queries, keys and values; its first rows make queries. The fresh one is drawn with the "
         f"standard deviation in config.json (initializer_range, {std}). Both have the same colour scale.",
         save(subject, plot_weights(name, weight, fresh), "weights.png"),

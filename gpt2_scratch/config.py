@@ -117,7 +117,7 @@ class TrainConfig:
     embedding_lr_scale: PositiveFloat = 1.0
     """With muon, the learning rate of token and position embeddings, as a multiple of the matrices'."""
     split_qkv: Bool = False
-    """With muon, orthogonalise the query, key and value matrices apart, not as one."""
+    """With muon, orthogonalize the query, key and value matrices apart, not as one."""
     grad_clip: NonNegativeFloat = 1.0
     """Clip the gradient to this norm; 0: no clipping."""
 

@@ -315,7 +315,7 @@ def same_everywhere(rt: Runtime, facts: dict[str, Any]) -> None:
 
 
 def all_gather(values: Tensor, rt: Runtime) -> Tensor:
-    """The values (n,) of all ranks as (world_size, n), on every device. Does not synchronise with the host."""
+    """The values (n,) of all ranks as (world_size, n), on every device. Does not synchronize with the host."""
     if rt.world_size == 1:
         return values[None]
     ranks = [torch.empty_like(values) for _ in range(rt.world_size)]

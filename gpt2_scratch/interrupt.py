@@ -38,7 +38,7 @@ class Interrupt:
                 raise StepInterrupted(signum)
 
     def status(self, like: Tensor) -> Tensor:
-        """The largest signal number and duration of a step over all ranks, (2,). Does not synchronise with the host."""
+        """The largest signal number and duration of a step over all ranks, (2,). Does not synchronize with the host."""
         # Filled on the device: a copy from the host would wait for it.
         signum, seconds = (torch.full_like(like, x) for x in (self.signals.signum, time.perf_counter() - self.began))
         return all_gather(torch.stack([signum, seconds]), self.rt).amax(dim=0)
@@ -61,7 +61,7 @@ def interrupt_within(model: GPT, signals: StopSignals) -> None:
 
 
 def signal_of_any(signals: StopSignals, rt: Runtime) -> int:
-    """The number of a signal that any rank has received, or 0. With several ranks a collective that synchronises."""
+    """The number of a signal that any rank has received, or 0. With several ranks a collective that synchronizes."""
     if rt.world_size == 1:
         return signals.signum
     return int(all_gather(torch.tensor([float(signals.signum)], device=rt.device), rt).max())

@@ -119,7 +119,7 @@ def parsed_line(line: bytes) -> dict | None:
 
 
 class Speed:
-    """Measures tokens per second and model FLOPs utilisation, evaluations and checkpoints excluded.
+    """Measures tokens per second and model FLOPs utilization, evaluations and checkpoints excluded.
 
     Args:
         step: where the run stands.

@@ -15,12 +15,12 @@ TOGETHER = 2**27  # numbers in the matrices that Muon updates at a time, which t
 def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False, split_qkv: bool = False) -> list[dict]:
     """Weight decay for matrices and embeddings; none for biases and LayerNorm parameters.
 
-    Decay pulls a weight towards 0, which regularises a matrix but would only shrink a LayerNorm's gain. A group's
+    Decay pulls a weight towards 0, which regularizes a matrix but would only shrink a LayerNorm's gain. A group's
     learning rate is the run's times its `lr_scale`.
 
     Args:
         muon: put the matrices of the blocks into a group of their own, marked `muon`.
-        split_qkv: and those that are query, key and value in one into another, to be orthogonalised in three `parts`.
+        split_qkv: and those that are query, key and value in one into another, to be orthogonalized in three `parts`.
 
     Raises:
         AssertionError: a parameter is not in exactly one group.
@@ -99,7 +99,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> bool:
 class Muon(torch.optim.AdamW):
     """Muon for the groups marked `muon`, AdamW for the others.
 
-    A matrix is updated by its gradient's momentum, orthogonalised (Jordan et al., "Muon: An optimizer for hidden
+    A matrix is updated by its gradient's momentum, orthogonalized (Jordan et al., "Muon: An optimizer for hidden
     layers in neural networks", 2024) and scaled to the RMS of an AdamW update, so that both share a learning rate (Liu
     et al., "Muon is Scalable for LLM Training", 2025, section 2.2). torch.optim.Muon works matrix by matrix in
     bfloat16, which takes seconds per step on a CPU without AMX; here all matrices of one shape are batched, in
@@ -148,7 +148,7 @@ class Muon(torch.optim.AdamW):
 def to_local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor; any other tensor as it is.
 
-    DTensors are recognised by their methods, here and elsewhere: importing torch.distributed.tensor takes a second.
+    DTensors are recognized by their methods, here and elsewhere: importing torch.distributed.tensor takes a second.
     """
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -186,7 +186,7 @@ def orthogonalize(matrices: Tensor, parts: int = 1) -> Tensor:
     Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. (2024).
 
     Args:
-        parts: matrices stacked in each, which are orthogonalised apart.
+        parts: matrices stacked in each, which are orthogonalized apart.
     """
     n, rows, columns = matrices.shape
     x = matrices.reshape(n * parts, rows // parts, columns)

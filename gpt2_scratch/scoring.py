@@ -167,7 +167,7 @@ def check_fit(examples: list[Example], block_size: int) -> list[Example]:
     return examples
 
 
-def summarise(verdicts: list[Verdict]) -> dict[str, Score]:
+def summarize(verdicts: list[Verdict]) -> dict[str, Score]:
     """Each metric over all examples: sum of sums / sum of counts, with the standard error of that ratio.
 
     With counts of 1 these are the mean and its standard error. Perplexity is exp(ratio), bits are ratio / ln 2, with

@@ -35,7 +35,7 @@ from gpt2_scratch.scoring import (
     judge_all,
     likelihoods,
     sliding,
-    summarise,
+    summarize,
 )
 from gpt2_scratch.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -131,18 +131,18 @@ def test_context_that_is_too_long_loses_its_beginning(model: GPT) -> None:
 
 def test_ratio_and_its_error() -> None:
     values = [1.0, 0.0, 0.0, 1.0, 1.0]
-    score = summarise([{"acc": (value, 1)} for value in values])["acc"]
+    score = summarize([{"acc": (value, 1)} for value in values])["acc"]
     assert score == pytest.approx((0.6, np.std(values, ddof=1) / math.sqrt(5), 5))
     nats, tokens = np.random.default_rng(0).uniform(1, 3, (2, 400))
     verdicts = [{"perplexity": (a, b), "bits_per_byte": (a, 2 * b)} for a, b in zip(nats, tokens)]
-    found = summarise(verdicts)
+    found = summarize(verdicts)
     assert found["perplexity"].value == pytest.approx(math.exp(nats.sum() / tokens.sum()))
     assert found["bits_per_byte"].value == pytest.approx(nats.sum() / tokens.sum() / 2 / math.log(2))
     rng = np.random.default_rng(1)
     again = [rng.integers(400, size=400) for _ in range(2000)]
     bootstrap = np.std([math.exp(nats[i].sum() / tokens[i].sum()) for i in again])
     assert found["perplexity"].stderr == pytest.approx(bootstrap, rel=0.1)
-    assert math.isnan(summarise([{"acc": (1, 1)}])["acc"].stderr)
+    assert math.isnan(summarize([{"acc": (1, 1)}])["acc"].stderr)
 
 
 @given(n=st.integers(0, 200), block_size=st.integers(1, 40), data=st.data())
@@ -179,7 +179,7 @@ def test_hellaswag_is_that_of_a_loop_over_endings(
             "acc": (sums.index(min(sums)) == label, 1),
             "acc_norm": (means.index(min(means)) == label, 1),
         }
-    assert 0 < summarise(verdicts)["acc"].value < 1
+    assert 0 < summarize(verdicts)["acc"].value < 1
 
 
 @pytest.mark.parametrize("stride", [128, 64, 50])
@@ -188,7 +188,7 @@ def test_token_perplexity_is_that_of_hugging_faces_guide(model: GPT, reference: 
     rows = [{"text": f" {words(rng, 40)} \n" if i % 2 else ""} for i in range(20)]
     tokenizer = load_tokenizer("gpt2")
     examples = build("wikitext2", rows, tokenizer, 128, stride)
-    score = summarise(scores_of(model, examples))["token_perplexity"].value
+    score = summarize(scores_of(model, examples))["token_perplexity"].value
     ids = torch.tensor([tokenizer.encode("\n\n".join(row["text"] for row in rows))])
     nats, n_tokens, previous = 0.0, 0, 0
     for begin in range(0, ids.shape[1], stride):
@@ -211,7 +211,7 @@ def test_word_perplexity_counts_words_and_line_ends_of_the_benchmark(model: GPT)
     ids = [50256, *tokenizer.encode(plain)]
     nats = -model(torch.tensor([ids]))[0][0].log_softmax(-1)[range(len(ids) - 1), ids[1:]].sum().item()
     verdicts = scores_of(model, build("wikitext2", rows, tokenizer, 128, 128))
-    assert summarise(verdicts)["word_perplexity"].value == pytest.approx(math.exp(nats / (3 + 12 + 3)))
+    assert summarize(verdicts)["word_perplexity"].value == pytest.approx(math.exp(nats / (3 + 12 + 3)))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_scores_are_those_of_lm_evaluation_harness(
     model, tokenizer = GPT.from_pretrained(folder, dtype=torch.float64).eval(), load_tokenizer(folder)
     for task in rows:
         examples = build(task, rows[task], tokenizer, 128, 128)
-        scores = summarise(scores_of(model, examples))
+        scores = summarize(scores_of(model, examples))
         for metric, score in scores.items():
             assert score.value == pytest.approx(results["results"][task][f"{metric},none"], rel=1e-6), (task, metric)
         samples = sorted(results["samples"][task], key=lambda sample: sample["doc_id"])

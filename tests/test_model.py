@@ -1,4 +1,4 @@
-"""The network against transformers' GPT-2, its padding, initialisation, counts and sampling."""
+"""The network against transformers' GPT-2, its padding, initialization, counts and sampling."""
 
 import math
 from collections.abc import Callable
@@ -370,7 +370,7 @@ def test_sampled_ids_are_never_padding(sampling: dict[str, float]) -> None:
     assert ids.unique().tolist() == [0, 1, 2]
 
 
-# Initialisation and counts
+# Initialization and counts
 
 
 @pytest.mark.parametrize(("std", "n_layer"), [(0.02, 3), (0.1, 2)])

@@ -63,7 +63,7 @@ def prompts_are_faster_in_onednn() -> bool:
 
 
 def layer_to_time() -> nn.Linear:
-    layer = nn.Linear(768, 3072, bias=False, device="meta")  # else initialising draws random numbers
+    layer = nn.Linear(768, 3072, bias=False, device="meta")  # else initializing draws random numbers
     layer.weight = nn.Parameter(torch.full((3072, 768), 0.01))
     return layer
 
@@ -213,16 +213,16 @@ class Int8Linear(nn.Module):
 
 
 def round_to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric quantisation: int8 values from -127 to 127 (out, in), and float32 scales (out,)."""
+    """Symmetric quantization: int8 values from -127 to 127 (out, in), and float32 scales (out,)."""
     scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
     return (weight.float() / scale[:, None]).round().to(torch.int8), scale
 
 
 def prepare(model: GPT, int8: bool = False, compile: bool = False) -> GPT:
-    """Optimise a model for generation, in place. It can no longer be trained or saved.
+    """Optimize a model for generation, in place. It can no longer be trained or saved.
 
     Args:
-        int8: quantise the weights of all linear layers. Otherwise only the layout changes, for bfloat16 on a CPU that
+        int8: quantize the weights of all linear layers. Otherwise only the layout changes, for bfloat16 on a CPU that
             has a faster one.
         compile: the steps will be compiled; torch.compile chooses layouts itself.
 

@@ -1,4 +1,4 @@
-// tanh GELU and its gradient for training, in plain C that compilers vectorise. gelu.py compiles and calls this.
+// tanh GELU and its gradient for training, in plain C that compilers vectorize. gelu.py compiles and calls this.
 
 #include <math.h>
 #include <stdint.h>
