@@ -150,8 +150,8 @@ def recorded_name(tokenizer: Tokenizer) -> str:
 def train_tokenizer(text: "Text", n_vocab: int, val_share: float, directory: str) -> dict[str, Any]:
     """Train a byte-level BPE on a sample of the documents that are not held out, and save it.
 
-    The sample is chosen by the documents' hashes: evenly spread, the same each time, and TOKENIZER_SAMPLE characters
-    at most, so that memory is bounded.
+    The sample is the first document and others chosen by their hashes: evenly spread, the same each time, and
+    TOKENIZER_SAMPLE characters at most, so that memory is bounded.
 
     Returns:
         What the sample was, for meta.json.
@@ -162,11 +162,13 @@ def train_tokenizer(text: "Text", n_vocab: int, val_share: float, directory: str
 
     def sample() -> Iterator[str]:
         nonlocal chars
-        chosen = False
+        first, chosen = True, False
         for piece in tqdm(text.pieces, desc="sampling text for the tokenizer", unit=" pieces", dynamic_ncols=True):
             if piece.begins:
-                where = hash_share(hash_of(piece.text.encode("utf-8", "surrogatepass")))
-                chosen = not piece.held_out and val_share <= where < val_share + share * (1 - val_share)
+                digest = hash_of(piece.text.encode("utf-8", "surrogatepass"))
+                thinned_out = hash_share(digest[8:]) >= share and not first
+                chosen = not thinned_out and not is_held_out(piece, digest, val_share, first)
+                first = first and is_empty(piece)
             if chosen:
                 chars += len(piece.text)
                 yield piece.text
@@ -175,8 +177,8 @@ def train_tokenizer(text: "Text", n_vocab: int, val_share: float, directory: str
 
     tokenizer = train_bpe(sample(), n_vocab)
     tokenizer.save_pretrained(directory)
-    size = f"{chars:,} characters, {share:.0%} of the training documents"
-    print(f"trained a vocabulary of {tokenizer.n_vocab:,} ids on {size}")
+    which = "the training documents" if share == 1 else "a sample of the training documents"
+    print(f"trained a vocabulary of {tokenizer.n_vocab:,} ids on {chars:,} characters, {which}")
     return {"tokenizer_sample": {"characters": chars, "share": round(share, 6)}}
 
 
@@ -432,7 +434,7 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
         content = piece.text.encode("utf-8", "surrogatepass")
         read = piece.read
         if piece.begins:
-            if piece.ends and not piece.text.strip():
+            if is_empty(piece):
                 counts["empty"] += 1
                 continue
             digest = hash_of(content)
@@ -440,8 +442,7 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
             counts["duplicates"] += not is_new
             if dedup and not is_new:
                 continue
-            below = hash_share(digest) < val_share
-            held_out = piece.held_out if piece.held_out is not None else below and counts["documents"] > 0
+            held_out = is_held_out(piece, digest, val_share, first=counts["documents"] == 0)
             counts["documents"] += 1
         counts["bytes"] += len(content)
         pieces.append(replace(piece, held_out=held_out))
@@ -451,6 +452,16 @@ def tasks(source: Iterable[Piece], val_share: float, dedup: bool, partial: Path)
             pieces, chars = [], 0
     yield Task(pieces, read, counts)
     seen.close()
+
+
+def is_empty(piece: Piece) -> bool:
+    """Whether a piece is a document without text, which is left out."""
+    return piece.begins and piece.ends and not piece.text.strip()
+
+
+def is_held_out(piece: Piece, digest: bytes, val_share: float, first: bool) -> bool:
+    """Whether the document that begins with this piece, whose hash is `digest`, belongs to the validation split."""
+    return piece.held_out if piece.held_out is not None else hash_share(digest) < val_share and not first
 
 
 def hash_of(text: bytes) -> bytes:

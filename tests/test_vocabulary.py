@@ -199,6 +199,31 @@ def test_a_trained_tokenizer_is_not_trained_on_what_is_held_out(
     assert not set(seen) & set(texts)
 
 
+@pytest.mark.parametrize("sample", [10**9, 100])
+def test_a_trained_tokenizer_has_seen_the_first_document(
+    sample: int, tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It is never held out, whatever its hash, and a single file may be all there is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare_data, "TOKENIZER_SAMPLE", sample)
+    text = "a rose is a rose is a rose " * 40
+    Path("rose.txt").write_text(text)
+    run("prepare_data", "text", "rose.txt", "--train_tokenizer", "260", "--val_share", "0.99", "--name", "rose")
+    assert f"trained a vocabulary of 260 ids on {len(text):,} characters" in capsys.readouterr().out
+
+
+def test_a_tokenizer_trained_on_the_plays_has_seen_all_that_are_not_held_out(
+    tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen: list[str] = []
+    original = prepare_data.train_bpe
+    monkeypatch.setattr(prepare_data, "train_bpe", lambda texts, n: (seen.extend(texts), original(iter(["a"]), n))[1])
+    run("prepare_data", "shakespeare", "--train_tokenizer", "257", "--name", "plays")
+    documents = load_tokenizer("data/plays").decode(open_shard(Path("data/plays/train_000000.bin")).tolist())
+    assert seen == documents.split(EOT)[1:] and len(seen) == 34
+
+
 def test_a_text_that_the_tokenizer_cannot_encode_is_named(
     tmp_path: Path, run: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
