@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gpt2_scratch.cli import UserError, count, run_script
+from gpt2_scratch.cli import UserError, check_new_file, count, run_script
 from gpt2_scratch.config import TrainConfig, parse_config
 from gpt2_scratch.cpu.decode import can_pack, prepare
 from gpt2_scratch.dataset import TokenDataset, read_meta, training_batches, write_shards
@@ -420,6 +420,7 @@ GPU_TOKENS = {"124m": 262144, "350m": 131072, "774m": 65536, "1558m": 65536}  # 
 
 def bench_gpu(args: argparse.Namespace) -> None:
     """Run the other commands on a CUDA device, one process each, and write down every line as it comes."""
+    check_new_file(args.output)
     device, end = pick_device("cuda"), time.monotonic() + 60 * args.minutes
     with args.output.open("x", encoding="utf-8") as file:
 

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from gpt2_scratch.checkpoint import find_model, load_model_and_tokenizer
-from gpt2_scratch.cli import UserError, count, run_script
+from gpt2_scratch.cli import UserError, check_new_file, count, run_script
 from gpt2_scratch.dataset import open_shard, read_meta
 from gpt2_scratch.device import autocast_to, describe
 from gpt2_scratch.distributed import Runtime, all_ranks_or_none, process_group, recorded
@@ -120,8 +120,8 @@ def loss(path: Path, source: str | Path, tokenizer: Tokenizer, block_size: int, 
 
 def load(args: argparse.Namespace, source: Path | str, device: torch.device) -> tuple[GPT, dict[str, list[Example]]]:
     """The model and the examples of each task."""
-    if args.output and args.output.exists():
-        raise UserError(f"{args.output} already exists; remove it or choose another file")
+    if args.output:
+        check_new_file(args.output)
     rows = {task: read_rows(task, args.data) for task in args.tasks if task != "loss"}  # fail before loading the model
     model, tokenizer = load_model_and_tokenizer(source, dtype=torch.float32, device=device)
     block_size = model.config.block_size
@@ -177,10 +177,15 @@ def evaluate(args: argparse.Namespace, rt: Runtime) -> None:
                 raise not_finite(source, kind)
     if rt.is_main:
         if args.output:  # first, because printing can fail
-            results = {task: {name: s._asdict() for name, s in found.items()} for task, found in scores.items()}
+            results = {task: {name: finite(s) for name, s in found.items()} for task, found in scores.items()}
             about = {"model": str(source), "limit": args.limit, "stride": args.stride, "dtype": str(dtype)}
             args.output.write_text(json.dumps(about | {"scores": results}, indent=2) + "\n", encoding="utf-8")
         print(table(scores))
+
+
+def finite(score: Score) -> dict[str, float | None]:
+    """A score for JSON, which has no NaN: null is the standard error of a single example."""
+    return {name: value if math.isfinite(value) else None for name, value in score._asdict().items()}
 
 
 def table(scores: dict[str, dict[str, Score]]) -> str:

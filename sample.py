@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from gpt2_scratch.checkpoint import find_model, load_model_and_tokenizer
-from gpt2_scratch.cli import UserError, as_text, count, number, run_script
+from gpt2_scratch.cli import UserError, as_text, check_new_file, count, number, run_script
 from gpt2_scratch.cpu.decode import kernels, prepare
 from gpt2_scratch.device import describe, pick_device
 from gpt2_scratch.generation import Generation
@@ -270,8 +270,8 @@ def interact(sampler: Sampler) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    if args.output and args.output.exists():
-        raise UserError(f"{args.output} already exists; remove it or choose another file")
+    if args.output:
+        check_new_file(args.output)
     prompts = [args.prompt]
     if args.prompts_file:
         prompts = re.split(r"\r?\n", re.sub(r"\r?\n\Z", "", read_text(args.prompts_file)))

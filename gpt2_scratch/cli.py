@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -48,6 +49,15 @@ def number(text: str, valid: Callable[[float], bool], expected: str) -> float:
         if valid(float(text)):
             return float(text)
     raise argparse.ArgumentTypeError(f"{text} is not {expected}")
+
+
+def check_new_file(path: Path) -> None:
+    """Raises UserError: a file cannot be made there, or there is one already. To be called before the work."""
+    if path.exists():
+        raise UserError(f"{path} already exists; remove it or choose another file")
+    if not os.access(path.parent, os.W_OK):
+        problem = "is not a folder to write to" if path.parent.exists() else "does not exist"
+        raise UserError(f"{path} cannot be written: {path.parent} {problem}; choose another file")
 
 
 def as_text(argument: str) -> str:

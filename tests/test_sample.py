@@ -242,6 +242,8 @@ def test_a_file_of_prompts_to_json_lines(
     with pytest.raises(UserError, match=f"{re.escape(str(output))} already exists"):
         run(*flags, "--output", output)
     assert output.read_bytes() == before
+    with pytest.raises(UserError, match=r"new/x.jsonl cannot be written: .*/new does not exist"):
+        run(*flags, "--output", tmp_path / "new" / "x.jsonl")
 
     capsys.readouterr()
     run(*flags)
