@@ -214,7 +214,8 @@ def read_rows(task: str, file: str | None = None) -> list[dict[str, Any]]:
         rows = sources.read_rows(Path(file))
     for number, row in enumerate(rows, start=1):
         for name, kind in fields.items():
-            if not isinstance(row.get(name), kind):
+            value = row.get(name)
+            if not isinstance(value, kind) or (kind is list and not all(isinstance(item, str) for item in value)):
                 raise UserError(f"{file or dataset}, row {number}: no valid {name!r}; is it the test set of {task}?")
     if not rows:
         raise UserError(f"{file or dataset} is empty")
@@ -234,7 +235,7 @@ def hellaswag(row: dict[str, Any], tokenizer: Tokenizer) -> Example:
 
     acc compares summed log-probabilities, acc_norm their means per token. Context and ending are tokenized separately.
     """
-    context = tokenizer.encode(row["ctx"])
+    context = tokenizer.encode(row["ctx"]) or _beginning(tokenizer)
     endings = [tokenizer.encode(" " + ending) for ending in row["endings"]]
     rows = [Row(context + ending, len(ending)) for ending in endings]
     return Example(rows, partial(_choice, _label(row), [len(ending) for ending in endings]))
@@ -284,10 +285,16 @@ def _continued(context: str, ending: str, tokenizer: Tokenizer) -> Row:
     bare = context.rstrip()
     whole, before = tokenizer.encode(context + ending), tokenizer.encode(bare)
     if not before:
-        if tokenizer.eot is None:
-            raise UserError("a text has no context, and this model has no <|endoftext|> to begin a document")
-        before, whole = [tokenizer.eot], [tokenizer.eot, *whole]
+        before = _beginning(tokenizer)
+        whole = before + whole
     return Row(whole, max(1, len(whole) - len(before)))
+
+
+def _beginning(tokenizer: Tokenizer) -> list[int]:
+    """What a text without context is predicted from."""
+    if tokenizer.eot is None:
+        raise UserError("a text has no context, and this model has no <|endoftext|> to begin a document")
+    return [tokenizer.eot]
 
 
 def wikitext(rows: list[dict[str, Any]], tokenizer: Tokenizer, block_size: int, stride: int) -> list[Example]:

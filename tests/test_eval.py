@@ -163,11 +163,12 @@ def test_hellaswag_is_that_of_a_loop_over_endings(
     model: GPT, reference: GPT2LMHeadModel, hellaswag_rows: list[dict]
 ) -> None:
     tokenizer = load_tokenizer("gpt2")
-    verdicts = scores_of(model, build("hellaswag", hellaswag_rows, tokenizer, 128, 128))
-    for row, verdict in zip(hellaswag_rows, verdicts):
+    rows = [*hellaswag_rows, *(row | {"ctx": ""} for row in hellaswag_rows)]
+    verdicts = scores_of(model, build("hellaswag", rows, tokenizer, 128, 128))
+    for row, verdict in zip(rows, verdicts):
         sums, means = [], []
         for ending in row["endings"]:
-            context, end = tokenizer.encode(row["ctx"]), tokenizer.encode(" " + ending)
+            context, end = tokenizer.encode(row["ctx"]) or [tokenizer.eot], tokenizer.encode(" " + ending)
             ids = torch.tensor([context + end])
             labels = ids.clone()
             labels[:, : len(context)] = -100
@@ -290,7 +291,12 @@ def score(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def test_scores_are_written_and_shown_beside_the_published(
-    folder: str, hellaswag_rows: list[dict], tmp_path: Path, score: Callable, capsys: pytest.CaptureFixture
+    folder: str,
+    hellaswag_rows: list[dict],
+    tmp_path: Path,
+    score: Callable,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file, output = write_jsonl(tmp_path / "val.jsonl", hellaswag_rows), tmp_path / "scores.json"
     score(folder, "--tasks", "hellaswag", "--data", file, "--output", output, "--batch_size", 3)
@@ -298,8 +304,21 @@ def test_scores_are_written_and_shown_beside_the_published(
     assert lines[2].split()[:2] == ["hellaswag", "acc_norm"] and "0.2955" in lines[2] and "0.4893" in lines[2]
     written = json.loads(output.read_text())["scores"]["hellaswag"]["acc_norm"]
     assert written["examples"] == 24 and f"{written['value']:.4f}" == lines[2].split()[2]
+    monkeypatch.setattr(script, "score", lambda *_: pytest.fail("scored before it was known where to write"))
     with pytest.raises(SystemExit, match=r"scores.json already exists"):
         score(folder, "--tasks", "hellaswag", "--data", file, "--output", output)
+    with pytest.raises(SystemExit, match=r"new/scores.json cannot be written: .*/new does not exist"):
+        score(folder, "--tasks", "hellaswag", "--data", file, "--output", tmp_path / "new" / "scores.json")
+
+
+def test_scores_of_a_single_example_are_valid_json(
+    folder: str, hellaswag_rows: list[dict], tmp_path: Path, score: Callable
+) -> None:
+    file, output = write_jsonl(tmp_path / "val.jsonl", hellaswag_rows[:1]), tmp_path / "scores.json"
+    score(folder, "--tasks", "hellaswag", "--data", file, "--output", output)
+    written = json.loads(output.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    acc = written["scores"]["hellaswag"]["acc"]
+    assert acc["value"] in (0, 1) and acc["stderr"] is None and acc["examples"] == 1
 
 
 def test_limit_is_spread_over_the_set() -> None:
@@ -500,6 +519,7 @@ ROW = {"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}
         ("lambada", '{"text": 3}\n', "test.jsonl, row 1: no valid 'text'; is it the test set of lambada?"),
         ("lambada", "[1]\n", r"test.jsonl, line 1: not a JSON object but \[1\]"),
         ("hellaswag", '{"text": "x"}\n', "row 1: no valid 'ctx'; is it the test set of hellaswag"),
+        ("hellaswag", json.dumps(ROW | {"endings": ["b", None, "d", "e"]}) + "\n", "row 1: no valid 'endings'"),
         ("hellaswag", json.dumps(ROW | {"label": ""}) + "\n", "label is '', not the index of an ending"),
         ("hellaswag", json.dumps(ROW | {"label": 4}) + "\n", "label is '4'"),
         ("lambada", json.dumps({"text": "a " + "long" * 400}) + "\n", "example 1 has .* tokens to predict, and the co"),
