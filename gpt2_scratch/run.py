@@ -30,6 +30,7 @@ from gpt2_scratch.distributed import (
     all_ranks_or_none,
     diverged_ranks,
     place,
+    print0,
     same_everywhere,
     send_files,
 )
@@ -82,8 +83,11 @@ def open_run(run: Path, cfg: TrainConfig, rt: Runtime, stack: ExitStack) -> Path
     lacking = [rank for rank, node in nodes.items() if node[0] != newest]
     if lacking:
         receive_checkpoint(checkpoint, owner, rt.rank in lacking, rt)
-        if 0 in lacking:  # rank 0 appends to the metrics
-            send_files(rt, [run / "metrics.jsonl"], owner, run if rt.is_main else None)
+        metrics = run / "metrics.jsonl"  # rank 0 appends to it; next time that may be on another of these nodes
+        if rt.all_gather_object(metrics.exists())[owner]:
+            send_files(rt, [metrics], owner, run if rt.rank in lacking else None)
+        elif 0 in lacking:
+            print0(rt, f"{metrics} is not on the node that {checkpoint} comes from: the metrics begin anew")
     return checkpoint
 
 

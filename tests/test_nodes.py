@@ -123,6 +123,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name in (
         "first_only",
         "second_only",
+        "second_only_without_metrics",
         "second_lags",
         "second_damaged",
         "second_all_damaged",
@@ -152,7 +153,9 @@ def lay_out_checkpoints(*out: Path) -> None:
     for name in ("first_only", "lost", *on_both):
         shutil.copytree(out[0] / "same", out[0] / name)
         shutil.rmtree(out[0] / name / "checkpoints" / "step_00000012")
-    shutil.copytree(out[0] / "first_only", out[1] / "second_only")
+    for name in ("second_only", "second_only_without_metrics"):
+        shutil.copytree(out[0] / "first_only", out[1] / name)
+    (out[1] / "second_only_without_metrics" / "metrics.jsonl").unlink()
     for name in on_both:
         shutil.copytree(out[0] / name, out[1] / name)
     shutil.rmtree(out[1] / "second_lags" / "checkpoints" / "step_00000008")
@@ -232,6 +235,19 @@ def test_the_newest_valid_checkpoint_of_any_node_is_gone_on_with(nodes: list[Pat
     assert len(newest) >= 3 and all(checkpoint_problem(path) is None for path in newest), (
         "what was handed over is whole"
     )
+
+
+def test_metrics_come_with_a_checkpoint(nodes: list[Path]) -> None:
+    """Node 1 may have to go on without node 0, or be rank 0 next time."""
+    assert curve(nodes[1], "first_only") == curve(nodes[0], "same")[: len(curve(nodes[1], "first_only"))] != []
+
+
+def test_missing_metrics_do_not_keep_a_run_from_going_on(nodes: list[Path]) -> None:
+    name = "second_only_without_metrics"
+    first, second = results(nodes, name)
+    assert first["end"] == second["end"] == "" and any("the metrics begin anew" in line for line in first["said"])
+    assert weights(nodes[0] / "out" / name) == weights(nodes[0] / "out" / "same")
+    assert curve(nodes[0], name) == curve(nodes[0], "same")[-len(curve(nodes[0], name)) :]
 
 
 def test_weights_that_are_damaged_on_one_node_are_not_mixed_in(nodes: list[Path]) -> None:
