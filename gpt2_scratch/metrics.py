@@ -47,7 +47,10 @@ class MetricsLog:
         if wandb_project:
             import wandb
 
-            self.wandb = wandb.init(project=wandb_project, name=run.name, config=settings, resume="allow")
+            known = run / "wandb_id"  # of the run there, which a resumed run goes on with
+            id = known.read_text() if known.exists() else None
+            self.wandb = wandb.init(project=wandb_project, name=run.name, config=settings, id=id, resume="allow")
+            known.write_text(self.wandb.id)
 
     def write(self, metrics: dict[str, float | int]) -> None:
         """Write one line: `step` and the metrics measured there. Non-finite values become null."""

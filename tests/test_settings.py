@@ -457,11 +457,15 @@ def test_figures_go_to_the_project_named(workplace: Path, monkeypatch: pytest.Mo
     fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
     fake.log = lambda figures, step: calls.append((step, figures))
     fake.finish = lambda: calls.append(("finish",))
-    fake.init = lambda **options: calls.append((options["project"], options["name"])) or fake
+    fake.id = "abc"
+    fake.init = lambda **options: calls.append((options["project"], options["name"], options["id"])) or fake
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run("shown", wandb_project="plays", max_steps=1)
-    assert calls[0] == ("plays", "shown") and calls[-1] == ("finish",)
+    assert calls[0] == ("plays", "shown", None) and calls[-1] == ("finish",)
     assert [{"step": step, **figures} for step, figures in calls[1:-1]] == metrics("shown")
+    calls.clear()
+    run("shown", wandb_project="plays", max_steps=2, resume=True)
+    assert calls[0] == ("plays", "shown", "abc"), "or the curve would be cut in two there"
     calls.clear()
     run("alone", max_steps=1)
     assert not calls
