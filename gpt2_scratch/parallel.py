@@ -13,10 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_scratch.config import TrainConfig
 from gpt2_scratch.cpu.cross_entropy import lean_cross_entropy
-from gpt2_scratch.cpu.gelu import fast_gelu
+from gpt2_scratch.cpu.gelu import use_fast_gelu
 from gpt2_scratch.device import autocast_to
 from gpt2_scratch.distributed import Runtime, all_gather
-from model import GPT, MLP
+from model import GPT
 
 
 class Loss(nn.Module):
@@ -102,9 +102,7 @@ def wrap(model: GPT, cfg: TrainConfig, batch_size: int, dtype: torch.dtype, rt: 
         loss_fn = loss = None  # two DDPs at once would reduce the gradients twice
         if rt.device.type == "cpu":
             model.cross_entropy = lean_cross_entropy
-            if model.config.activation in ("gelu_new", "gelu_pytorch_tanh"):
-                for mlp in (module for module in model.modules() if isinstance(module, MLP)):
-                    mlp.activation = fast_gelu
+            use_fast_gelu(model)
         loss_fn = build(Loss(model))
         loss = warm_up(loss_fn, batch_size) if loss_fn.ddp else None
     if loss_fn.ddp:

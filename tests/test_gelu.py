@@ -1,5 +1,7 @@
 """The GELU of training on a CPU, against torch's own in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,8 +48,23 @@ def test_nan_stays_nan_and_infinity_is_not_lost(dtype: torch.dtype) -> None:
     x = torch.tensor([float("nan"), float("inf")]).to(dtype).requires_grad_()
     y = fast_gelu(x)
     y.backward(torch.ones_like(x))
-    assert x.grad is not None and x.grad.isnan().all()  # as torch's, at infinity too
+    assert x.grad is not None and x.grad.isnan().all()  # NaN at infinity too, as in torch
     assert y[0].isnan() and y[1].isinf()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_the_work_and_give_the_same_bits(dtype: torch.dtype) -> None:
+    before, found = torch.get_num_threads(), []
+    x, upstream = torch.randn(2, 100_003).to(dtype)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        own = x.clone().requires_grad_()
+        y = fast_gelu(own)
+        y.backward(upstream)
+        found.append((y.detach(), own.grad))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
 
 @needs_compiler
@@ -79,6 +96,10 @@ def test_training_on_a_cpu_uses_it_for_the_tanh_form(
         monkeypatch.setattr(module, "library", lambda: None)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=8, vocab_size=97, n_layer=2, n_head=2, n_embd=32, activation=activation))
+    if activation == "relu":  # as if model.py had been edited; the config would say otherwise
+        model = GPT(replace(model.config, activation="gelu_new"))
+        for block in model.h:
+            block.mlp.activation = F.relu
     idx = torch.randint(97, (3, 9))
     plain = torch.autograd.grad(model(idx[:, :-1], idx[:, 1:])[1], list(model.parameters()))
     loss_fn = wrap(model, TrainConfig(compile=False), 3, torch.float32, Runtime(torch.device("cpu")))

@@ -402,6 +402,12 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch, exact_kernels: None) -> None:
     monkeypatch.setattr(decode, "kernels", lambda: None)
 
 
+@needs_kernels
+def test_compiler_may_have_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "env cc -g")
+    assert compiled.__wrapped__(False) is not None
+
+
 def test_missing_kernels_print_nothing(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     for compiler in ("there-is-no-such-compiler", "false"):  # `false` is a program that fails
         monkeypatch.setenv("CC", compiler)

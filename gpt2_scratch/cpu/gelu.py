@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from gpt2_scratch.cpu.compiler import build
+from model import ACTIVATIONS, MLP
+
+TANH = (ACTIVATIONS["gelu_new"], ACTIVATIONS["gelu_pytorch_tanh"])
 
 
 def fast_gelu(x: Tensor) -> Tensor:
-    """GELU's tanh form as in gelu.c, where that compiles and for float32 and bfloat16; elsewhere torch's.
+    """tanh GELU: gelu.c's for float32 and bfloat16 if it compiles, otherwise torch's.
 
     No double backward, no torch.func.
     """
@@ -22,9 +25,16 @@ def fast_gelu(x: Tensor) -> Tensor:
     return _Gelu.apply(x)
 
 
+def use_fast_gelu(network: nn.Module) -> None:
+    """Let the MLPs that apply tanh GELU do it through `fast_gelu`."""
+    for module in network.modules():
+        if isinstance(module, MLP) and module.activation in TANH:
+            module.activation = fast_gelu
+
+
 @functools.cache
 def library() -> Any:
-    return build("gelu.c", "-fno-math-errno", "-fno-trapping-math")  # neither of which a vector can heed
+    return build("gelu.c", "-fno-math-errno", "-fno-trapping-math")  # or the loops would not be vectorized
 
 
 def kernel(name: str, dtype: torch.dtype) -> Any:
@@ -33,7 +43,7 @@ def kernel(name: str, dtype: torch.dtype) -> Any:
 
 
 def call(name: str, *tensors: Tensor) -> Tensor:
-    """What a function of gelu.c makes of contiguous tensors of one shape and dtype."""
+    """Call a function of gelu.c on contiguous tensors of one shape and dtype; returns a new tensor."""
     out = torch.empty_like(tensors[0])
     kernel(name, out.dtype)(ctypes.c_long(out.numel()), *(ctypes.c_void_p(t.data_ptr()) for t in (*tensors, out)))
     return out
