@@ -117,7 +117,7 @@ class TrainConfig:
     embedding_lr_scale: PositiveFloat = 1.0
     """With muon, the learning rate of token and position embeddings, as a multiple of the matrices'."""
     split_qkv: Bool = False
-    """With muon, orthogonalize the query, key and value matrices apart, not as one."""
+    """With muon, orthogonalize the query, key and value matrices separately, not as one."""
     grad_clip: NonNegativeFloat = 1.0
     """Clip the gradient to this norm; 0: no clipping."""
 
@@ -218,7 +218,7 @@ class TrainConfig:
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 # May differ between ranks: data and weights are compared by content.
 MAY_DIFFER = {"data", "init_from", "hellaswag_data", "batch_size", "device", "verify_data"}
-# May change on --resume: these don't affect the result, or only its rounding.
+# May change on --resume: these don't affect the result, or only its rounding, but for max_steps: it moves the schedule.
 CHANGEABLE = {
     *("data", "run_name", "resume", "batch_size", "max_steps", "device", "dtype", "compile", "parallel", "verify_data"),
     *("timeout", "max_bad_steps", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints"),

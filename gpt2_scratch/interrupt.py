@@ -55,7 +55,7 @@ def interrupt_within(model: GPT, signals: StopSignals) -> None:
         if signals.signum and model.training:
             raise StepInterrupted(signals.signum)
 
-    for module in (*model.h, model.lm_head):
+    for module in model.h:
         module.register_forward_pre_hook(check)
         module.register_full_backward_pre_hook(check)
 

@@ -186,7 +186,7 @@ def orthogonalize(matrices: Tensor, parts: int = 1) -> Tensor:
     Five steps of the quintic Newton-Schulz iteration with the coefficients of Jordan et al. (2024).
 
     Args:
-        parts: matrices stacked in each, which are orthogonalized apart.
+        parts: matrices stacked in each, which are orthogonalized separately.
     """
     n, rows, columns = matrices.shape
     x = matrices.reshape(n * parts, rows // parts, columns)
