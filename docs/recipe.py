@@ -1,8 +1,8 @@
 """Run the trials behind the recipes in configs/ again, print their tables and draw them: `python docs/recipe.py`.
 
-The networks are 64, 128 and 256 wide and see each byte of Linux's documentation at most once; docs/performance.md says
+The networks are 64 to 384 wide and see each byte of Linux's documentation at most once; docs/performance.md says
 how to prepare it. A run is a train.py process of one thread, `--jobs` of them at a time. Runs that have ended are kept
-in out/, so this may be stopped and started again. All take some 100 minutes on two idle cores of an AMD EPYC.
+in out/, so this may be stopped and started again. All take some 140 minutes on two idle cores of an AMD EPYC.
 """
 
 import argparse
@@ -20,11 +20,16 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-SHAPE = {64: (2, 0.07), 128: (4, 0.05), 256: (8, 0.035)}  # width: layers, initializer_range; heads are 32 wide
+SHAPE = {
+    64: (2, 0.07),
+    128: (4, 0.05),
+    256: (8, 0.035),
+    384: (12, 0.029),
+}  # width: layers, initializer_range; heads are 32 wide
 SLOWER = "--warmup_steps 100 --beta2 0.99"
 TUNED = {  # AdamW's best settings, found at width 128 with the trials in ADAMW; first weights go with width^-0.5
     width: f"{SLOWER} --initializer_range {spread} --schedule wsd --decay_share 0.4"
-    for width, spread in ((128, 0.08), (256, 0.057))
+    for width, spread in ((128, 0.08), (256, 0.057), (384, 0.046))
 }
 RATES = {
     ("muon", 64): (8e-3, 16e-3, 32e-3),
@@ -71,7 +76,11 @@ ADAMW = {  # rate and what is changed in the run of AdamW at width 128
     "both, 0.12 and 1.4 times the rate": (4e-3, f"{SLOWER} --initializer_range 0.12 --schedule wsd --decay_share 0.4"),
 }
 RECIPE = "--momentum 0.9 --embedding_lr_scale 2"  # of Muon
-BEST = {128: (2.83e-3, 11.3e-3), 256: (2e-3, 5.66e-3)}  # width: rates of the tuned AdamW and of the recipe
+BEST = {  # width: rates of the tuned AdamW and of the recipe, and seeds; those at 384 continue the trend
+    128: (2.83e-3, 11.3e-3, (1, 2, 3)),
+    256: (2e-3, 5.66e-3, (1, 2, 3)),
+    384: (1.41e-3, 4.1e-3, (1,)),
+}
 NOISE = 0.02  # standard deviation of a loss between seeds, nats per byte
 EXTRAPOLATE = (768, 1024, 1280, 1600)
 
@@ -152,8 +161,8 @@ def main() -> None:
             trials.start("adamw", width, adamw, seed, change=TUNED[width]),
             trials.start("muon", width, muon, seed, 360, RECIPE),
         ]
-        for width, (adamw, muon) in BEST.items()
-        for seed in (1, 2, 3)
+        for width, (adamw, muon, seeds) in BEST.items()
+        for seed in seeds
     }
 
     print("| optimizer | width | rate: loss | best rate |\n|---|---|---|---|")

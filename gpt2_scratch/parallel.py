@@ -101,8 +101,7 @@ def wrap(model: GPT, cfg: TrainConfig, batch_size: int, dtype: torch.dtype, rt: 
     if not cfg.compile or all_gather(torch.tensor([float(failed)], device=rt.device), rt).any():
         loss_fn = loss = None  # two DDPs at once would reduce the gradients twice
         if rt.device.type == "cpu":
-            model.cross_entropy = lean_cross_entropy
-            use_fast_gelu(model)
+            use_cpu_functions(model)
         loss_fn = build(Loss(model))
         loss = warm_up(loss_fn, batch_size) if loss_fn.ddp else None
     if loss_fn.ddp:
@@ -111,6 +110,12 @@ def wrap(model: GPT, cfg: TrainConfig, batch_size: int, dtype: torch.dtype, rt: 
         loss.backward()
         model.zero_grad(set_to_none=False)
     return loss_fn
+
+
+def use_cpu_functions(model: GPT) -> None:
+    """Replace a model's loss and tanh GELU by functions of ours that are equal and faster, uncompiled, on a CPU."""
+    model.cross_entropy = lean_cross_entropy
+    use_fast_gelu(model)
 
 
 def warm_up(loss_fn: LossFunction, batch_size: int) -> Tensor:
