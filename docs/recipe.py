@@ -20,12 +20,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-SHAPE = {
-    64: (2, 0.07),
-    128: (4, 0.05),
-    256: (8, 0.035),
-    384: (12, 0.029),
-}  # width: layers, initializer_range; heads are 32 wide
+# width: layers, initializer_range; heads are 32 wide
+SHAPE = {64: (2, 0.07), 128: (4, 0.05), 256: (8, 0.035), 384: (12, 0.029)}
 SLOWER = "--warmup_steps 100 --beta2 0.99"
 TUNED = {  # AdamW's best settings, found at width 128 with the trials in ADAMW; first weights go with width^-0.5
     width: f"{SLOWER} --initializer_range {spread} --schedule wsd --decay_share 0.4"
