@@ -190,7 +190,8 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         ("seed", 7, [8, 14], {}),
         ("n_layer", 2, [1, 3], {}),
         ("n_head", 4, [2, 8], {}),
-        ("n_embd", 24, [22, 48], {}),
+        # Of seed 1337 one gradient is so close to 0 that AdamW turns its rounding into 2e-3.
+        ("n_embd", 24, [22, 48], {"seed": 7}),
         ("block_size", 8, [4, 16], {}),
         ("initializer_range", 0.1, [0.02, 0.05, 0.2], {}),
         ("total_batch_size", 96, [64, 192], {}),
@@ -213,8 +214,7 @@ def test_run_is_that_of_a_plain_loop(
     workplace: Path, name: str, value: Any, wrong: list[Any], beside: Settings
 ) -> None:
     left = left_by_run(run(**beside, **{name: value}))
-    # Rounding differs, as the run computes GELU in C and micro-batches one by one; AdamW magnifies it to 2e-3.
-    assert distance(left, plain(**beside, **{name: value})) < 3e-3
+    assert distance(left, plain(**beside, **{name: value})) < 1e-3
     assert all(distance(left, plain(**beside, **{name: other})) > 1e-2 for other in wrong), "or it would prove nothing"
 
 
