@@ -20,6 +20,7 @@ from gpt2_scratch.cli import UserError, check_new_file, count, run_script
 from gpt2_scratch.dataset import open_shard, read_meta
 from gpt2_scratch.device import autocast_to, describe
 from gpt2_scratch.distributed import Runtime, all_ranks_or_none, process_group, recorded
+from gpt2_scratch.metrics import for_json
 from gpt2_scratch.precision import dtype_name, pick_dtype
 from gpt2_scratch.scoring import (
     HUB,
@@ -177,15 +178,12 @@ def evaluate(args: argparse.Namespace, rt: Runtime) -> None:
                 raise not_finite(source, kind)
     if rt.is_main:
         if args.output:  # first, because printing can fail
-            results = {task: {name: finite(s) for name, s in found.items()} for task, found in scores.items()}
+            results = {
+                task: {name: for_json(s._asdict()) for name, s in found.items()} for task, found in scores.items()
+            }
             about = {"model": str(source), "limit": args.limit, "stride": args.stride, "dtype": str(dtype)}
             args.output.write_text(json.dumps(about | {"scores": results}, indent=2) + "\n", encoding="utf-8")
         print(table(scores))
-
-
-def finite(score: Score) -> dict[str, float | None]:
-    """A score for JSON, which has no NaN: null is the standard error of a single example."""
-    return {name: value if math.isfinite(value) else None for name, value in score._asdict().items()}
 
 
 def table(scores: dict[str, dict[str, Score]]) -> str:

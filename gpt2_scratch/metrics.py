@@ -54,10 +54,9 @@ class MetricsLog:
 
     def write(self, metrics: dict[str, float | int]) -> None:
         """Write one line: `step` and the metrics measured there. Non-finite values become null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         waiting = self.pending
         try:
-            self._flush(json.dumps(finite).encode() + b"\n")
+            self._flush(json.dumps(for_json(metrics)).encode() + b"\n")
         except OSError as error:
             if not waiting:
                 tqdm.write(f"warning: {error}; lines are kept in memory until there is room", file=sys.stderr)
@@ -119,6 +118,11 @@ def parsed_line(line: bytes) -> dict | None:
     except (ValueError, RecursionError):
         return None
     return metrics if isinstance(metrics, dict) and type(metrics.get("step")) is int else None
+
+
+def for_json(values: dict[str, float | int]) -> dict[str, float | int | None]:
+    """Values with null for NaN and infinity, which JSON does not have."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 class Speed:
