@@ -13,13 +13,11 @@ static inline float of_bits(uint32_t bits)
 
 static inline float exponential(float x)  // for x <= 0, to a relative error of 3e-7; 0 below -88
 {
-    static const float series[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f};
     x = x < -104 ? -104 : x;
-    float twos = rintf(x * 1.44269504f), sum = 0;
+    float twos = rintf(x * 1.44269504f);
     x -= twos * 0.693145752f;  // ln 2 in two parts, for precision
     x -= twos * 1.42860677e-6f;
-    for (int i = 0; i < 7; i++)
-        sum = sum * x + series[i];
+    float sum = 1 + x * (1 + x * (1.f / 2 + x * (1.f / 6 + x * (1.f / 24 + x * (1.f / 120 + x * (1.f / 720))))));
     int32_t power = (int32_t)twos + 127;
     return sum * of_bits((uint32_t)(power > 0 ? power : 0) << 23);
 }
