@@ -218,7 +218,7 @@ class TrainConfig:
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 # May differ between ranks: data and weights are compared by content.
 MAY_DIFFER = {"data", "init_from", "hellaswag_data", "batch_size", "device", "verify_data"}
-# May change on --resume: these don't affect the result, or only its rounding, but for max_steps: it moves the schedule.
+# May change on --resume: these affect only rounding, if anything, except max_steps, which moves the schedule.
 CHANGEABLE = {
     *("data", "run_name", "resume", "batch_size", "max_steps", "device", "dtype", "compile", "parallel", "verify_data"),
     *("timeout", "max_bad_steps", "eval_interval", "eval_tokens", "checkpoint_interval", "keep_checkpoints"),

@@ -47,7 +47,7 @@ class MetricsLog:
         if wandb_project:
             import wandb
 
-            known = run / "wandb_id"  # of the run there, which a resumed run goes on with
+            known = run / "wandb_id"  # of the W&B run, which a resumed run continues
             id = known.read_text() if known.exists() else None
             self.wandb = wandb.init(project=wandb_project, name=run.name, config=settings, id=id, resume="allow")
             known.write_text(self.wandb.id)

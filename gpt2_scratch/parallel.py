@@ -113,7 +113,7 @@ def wrap(model: GPT, cfg: TrainConfig, batch_size: int, dtype: torch.dtype, rt: 
 
 
 def use_cpu_functions(model: GPT) -> None:
-    """Replace a model's loss and tanh GELU by functions of ours that are equal and faster, uncompiled, on a CPU."""
+    """Replace loss and tanh GELU with our own equivalents, which are faster in uncompiled training on a CPU."""
     model.cross_entropy = lean_cross_entropy
     use_fast_gelu(model)
 
