@@ -576,6 +576,7 @@ def test_weights_of_a_network_take_about_12_bits() -> None:
 @settings(max_examples=40)
 @given(
     lengths=st.lists(st.integers(0, 70), min_size=1, max_size=10),
+    T=st.just(1) | st.integers(1, 70),
     heads=st.sampled_from([(64 // REGISTER, REGISTER), (2, 16), (1, 64), (2, 80), (1, 96)]),
     inner=st.sampled_from([None, 32, 96]),
     gpt1=st.booleans(),
@@ -585,13 +586,20 @@ def test_weights_of_a_network_take_about_12_bits() -> None:
 )
 @torch.no_grad()
 def test_kernel_block_equals_block(
-    lengths: list[int], heads: tuple[int, int], inner: int | None, gpt1: bool, int8: bool, spread: float, seed: int
+    lengths: list[int],
+    T: int,
+    heads: tuple[int, int],
+    inner: int | None,
+    gpt1: bool,
+    int8: bool,
+    spread: float,
+    seed: int,
 ) -> None:
-    """Against float64, for rows of different lengths and heads of whole registers."""
+    """Against float64, for new tokens and prompts after rows of different lengths, and heads of whole registers."""
     n_head, head_dim = heads
     B, C = len(lengths), n_head * head_dim
     config = GPTConfig(
-        block_size=80,
+        block_size=150,
         vocab_size=2,
         n_layer=2,
         n_head=n_head,
@@ -610,13 +618,13 @@ def test_kernel_block_equals_block(
             linear.weight.copy_(whole * scale[:, None])
     block = prepare(model, int8).h[1]
     assert isinstance(block, KernelBlock)
-    cache = RaggedCache(config, B, 71, torch.bfloat16)
+    cache = RaggedCache(config, B, 141, torch.bfloat16)
     cache.k.normal_()
     cache.v.normal_()
     cache.set_length(lengths)
     before_k, before_v = cache.k.clone(), cache.v.clone()
-    x = torch.randn(B, 1, C)
-    y = block(x, cache.view(1))
+    x = torch.randn(B, T, C)
+    y = block(x, cache.view(T))
 
     class Reference(CacheView):
         """Checks what the kernel stored, then attends to it in float64."""
@@ -624,22 +632,26 @@ def test_kernel_block_equals_block(
         def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
             for stored, new, before in ((self.k, k, before_k), (self.v, v, before_v)):
                 for row, n in enumerate(lengths):
-                    torch.testing.assert_close(stored[1, row, :, n].double(), new[row, :, 0], rtol=2**-7, atol=1e-3)
-                    before[1, row, :, n] = stored[1, row, :, n]
+                    written = stored[1, row, :, n : n + T]
+                    torch.testing.assert_close(written.double(), new[row], rtol=2**-7, atol=1e-3)
+                    before[1, row, :, n : n + T] = written
                 assert torch.equal(stored, before), "nothing else is written to"
             y = []
             for row, n in enumerate(lengths):
-                keys, values = (stored[1, row, :, : n + 1].double() for stored in (self.k, self.v))
-                y.append((q[row] @ keys.transpose(1, 2) * scale).softmax(-1) @ values)
+                keys, values = (stored[1, row, :, : n + T].double() for stored in (self.k, self.v))
+                later = torch.ones(T, n + T, dtype=torch.bool).triu(n + 1)
+                scores = (q[row] @ keys.transpose(1, 2) * scale).masked_fill(later, -torch.inf)
+                y.append(scores.softmax(-1) @ values)
             return torch.stack(y)
 
-    expected = exact(x.double(), Reference(**vars(cache.view(1))))
+    expected = exact(x.double(), Reference(**vars(cache.view(T))))
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
-    assert torch.equal(block(x, cache.view(1)), y)
+    assert torch.equal(block(x, cache.view(T)), y)
     for row, n in enumerate(lengths):
         k, v = (t[:, row : row + 1].contiguous() for t in (cache.k, cache.v))
-        alone = CacheView(k, v, torch.tensor([[n]]), 71, None)
-        assert torch.equal(block(x[row : row + 1], alone)[0], y[row])
+        for length in {T, min(T, T // 2 + 1)}:  # prompts may be padded to the length of the longest
+            alone = CacheView(k, v, n + torch.arange(length)[None], 141, None)
+            assert torch.equal(block(x[row : row + 1, :length], alone)[0], y[row, :length])
 
 
 @needs_kernels

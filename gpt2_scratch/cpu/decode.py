@@ -85,7 +85,7 @@ def compiled(round_inputs: bool) -> Any:
     library.linear.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
     library.plan.argtypes, library.plan.restype = [ctypes.c_long] * 2 + [ctypes.c_void_p] * 3, ctypes.c_long
     library.pack.argtypes = [ctypes.c_long] * 2 + [ctypes.c_void_p] * 4
-    library.block.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long] + [ctypes.c_void_p] * 5
+    library.block.argtypes = [ctypes.c_void_p] + [ctypes.c_long] * 3 + [ctypes.c_void_p] * 5
     return library
 
 
@@ -159,7 +159,7 @@ class KernelLinear(nn.Module):
 
 
 class KernelBlock(nn.Module):
-    """A Block that decodes one token per row in a single call to kernels.c, given a bfloat16 cache.
+    """A Block in a single call to kernels.c, given a bfloat16 cache.
 
     Args:
         block: made of KernelLinear, with tanh GELU, widths that are multiples of 32 and heads that fill registers.
@@ -179,14 +179,14 @@ class KernelBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, cache: CacheView | None = None) -> Tensor:
-        B, T, _ = x.shape
-        if cache is None or T > 1 or cache.k.dtype != torch.bfloat16:
+        (B, T, _), onednn = x.shape, self.block.attn.c_attn.prefill
+        if cache is None or cache.k.dtype != torch.bfloat16 or (onednn and T > 1):
             return self.block(x, cache)
         x, y = x.contiguous(), torch.empty_like(x)
         layer = self.block.attn.layer
         keys, values = cache.k[layer], cache.v[layer]  # (B, n_head, max_len, head_dim)
         tensors = (x, keys, values, cache.positions, y)
-        kernels().block(ctypes.byref(self.fields), B, keys.shape[2], *(tensor.data_ptr() for tensor in tensors))
+        kernels().block(ctypes.byref(self.fields), B, T, keys.shape[2], *(tensor.data_ptr() for tensor in tensors))
         return y
 
 

@@ -1,5 +1,5 @@
-// Decoding on a CPU with AVX512 or AVX2: linear layers with bfloat16 or int8 weights, and a transformer block for one
-// new token per row with a bfloat16 cache. decode.py compiles and calls this.
+// Generation on a CPU with AVX512 or AVX2: linear layers with bfloat16 or int8 weights, and a transformer block with a
+// bfloat16 cache. decode.py compiles and calls this.
 //
 // With few rows the work is bandwidth-bound: every weight is read once, and what matters is to prefetch cache lines
 // long before they are needed. Outputs and sums are float32, and so are inputs unless ROUND_INPUTS. A row is summed in the
@@ -37,6 +37,7 @@ static inline Floats where_negative(Floats test, Floats yes, Floats no)
     return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(test, _mm512_setzero_ps(), _CMP_LT_OQ), yes);
 }
 static inline float total(Floats x) { return _mm512_reduce_add_ps(x); }
+static inline float maximum(Floats x) { return _mm512_reduce_max_ps(x); }
 
 static inline Ints load_halves(const uint16_t *from)
 {
@@ -84,6 +85,12 @@ static inline float total(Floats x)
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+static inline float maximum(Floats x)
+{
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
 static inline Ints load_halves(const uint16_t *from)
@@ -307,6 +314,14 @@ static inline __attribute__((always_inline)) void products(
         }
 }
 
+// Rows to multiply by all of a matrix before the next, so that they stay in the second-level cache.
+enum { SLAB = 64 };
+
+static inline long rows_of_slab(long m, long M)
+{
+    return M - m < SLAB ? M - m : SLAB;
+}
+
 // To be called by every thread of an OpenMP team. If inputs are rounded, `room` is for x (M, K) in bfloat16.
 static void multiply(const Linear *l, Finish finish, long M, const float *x, float *y, Input *room)
 {
@@ -389,9 +404,10 @@ void pack(long K, long N, const uint16_t *w, const uint8_t *upper, const int64_t
 
 void linear(const Linear *l, long M, const float *x, float *y)
 {
-    Input *room = malloc(ROUNDED * M * l->K * sizeof *room);
+    Input *room = malloc(ROUNDED * SLAB * l->K * sizeof *room);
 #pragma omp parallel
-    multiply(l, STORE, M, x, y, room);
+    for (long m = 0; m < M; m += SLAB)
+        multiply(l, STORE, rows_of_slab(m, M), x + m * l->K, y + m * l->N, room);
     free(room);
 }
 
@@ -407,57 +423,122 @@ static inline void narrow(uint16_t *to, Floats x)  // rounds to nearest even
     store_halves(to, V(srli_epi32)(bits, 16));
 }
 
-// Stores the key and value of one new token per row, then attends with its query to the whole row, by an online softmax
-// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018) over LANES keys at a time.
-// qkv (B, 3, H, D); keys, values (B, H, L, D); seen (B), the number of tokens stored before; y (B, H, D); D is a
-// multiple of LANES.
-static void attend(
-    long B, long H, long L, long D, float scale, const float *qkv, uint16_t *keys, uint16_t *values,
-    const int64_t *seen, float *y)
+enum { KEYS = 4 * LANES, QUERIES = 32 };  // QUERIES of a prompt share a block of at most KEYS keys
+
+// Transposes n keys (n, D), LANES at a time, to floats (n / LANES, D, LANES); repeats the last to fill the LANES.
+static void transpose(const uint16_t *keys, long n, long D, float *out)
 {
-#pragma omp for schedule(dynamic)
-    for (long i = 0; i < B * H; i++) {
-        const float *q = qkv + i / H * 3 * H * D + i % H * D, *k = q + H * D, *v = k + H * D;
-        const long last = seen[i / H];
-        uint16_t *key = keys + i * L * D, *value = values + i * L * D;
-        float *out = y + i * D, largest = -INFINITY, sum_of_weights = 0;
+    int32_t steps[LANES];
+    for (long s = 0; s < n; s += LANES) {
+        for (long j = 0; j < LANES; j++)
+            steps[j] = (s + j < n ? s + j : n - 1) * D;
+        for (long d = 0; d < D; d += 2, out += 2 * LANES) {
+            Ints pairs = gather(keys + d, load(steps));
+            V(storeu_ps)(out, even(pairs));
+            V(storeu_ps)(out + LANES, odd(pairs));
+        }
+    }
+}
+
+// Products of a query with LANES keys from transpose().
+static inline Floats scores_of(const float *query, const float *transposed, long D)
+{
+    Floats sums[4] = {V(setzero_ps)(), V(setzero_ps)(), V(setzero_ps)(), V(setzero_ps)()};
+    for (long d = 0; d < D; d += 4)
+        for (int i = 0; i < 4; i++)  // four sums, as each addition waits for the one before
+            sums[i] = V(fmadd_ps)(V(set1_ps)(query[d + i]), V(loadu_ps)(transposed + (d + i) * LANES), sums[i]);
+    return V(add_ps)(V(add_ps)(sums[0], sums[1]), V(add_ps)(sums[2], sums[3]));
+}
+
+// Adds n values, at most KEYS, to `out` by the weights of their keys. largest, sum_of_weights and out are those of an
+// online softmax (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+static inline void attend_to_block(
+    long n, long D, float scale, const float *query, const uint16_t *keys, const float *transposed,
+    const uint16_t *values, float *largest, float *sum_of_weights, float *out)
+{
+    float score[KEYS], before = *largest;
+    if (transposed)
+        for (long s = 0; s < n; s += LANES)
+            V(storeu_ps)(score + s, scores_of(query, transposed + s * D, D));
+    else
+        for (long j = 0; j < n; j++) {
+            Floats sum = V(setzero_ps)();
+            for (long d = 0; d < D; d += LANES)
+                sum = V(fmadd_ps)(V(loadu_ps)(query + d), widen(keys + j * D + d), sum);
+            score[j] = total(sum);
+        }
+    for (long j = n; j % LANES; j++)
+        score[j] = -INFINITY;
+    Floats most = V(loadu_ps)(score), sums = V(setzero_ps)();
+    for (long s = LANES; s < n; s += LANES)
+        most = V(max_ps)(most, V(loadu_ps)(score + s));
+    const float now = maximum(most) * scale;
+    *largest = now > before ? now : before;
+    for (long s = 0; s < n; s += LANES) {
+        Floats scaled = V(fmsub_ps)(V(loadu_ps)(score + s), V(set1_ps)(scale), V(set1_ps)(*largest));
+        Floats weights = exponential(scaled);
+        V(storeu_ps)(score + s, weights);
+        sums = V(add_ps)(sums, weights);
+    }
+    const float shrink = V(cvtss_f32)(exponential(V(set1_ps)(before - *largest)));
+    *sum_of_weights = *sum_of_weights * shrink + total(sums);
+    for (long d = 0; d < D; d += LANES) {
+        Floats sum = V(mul_ps)(V(loadu_ps)(out + d), V(set1_ps)(shrink));
+        for (long j = 0; j < n; j++)
+            sum = V(fmadd_ps)(V(set1_ps)(score[j]), widen(values + j * D + d), sum);
+        V(storeu_ps)(out + d, sum);
+    }
+}
+
+// Stores the keys and values of new tokens, then attends with each query to all tokens up to its own.
+// qkv (B, T, 3, H, D); keys, values (B, H, L, D); positions (B, T) of the new tokens; y (B, T, H, D); D is a multiple of
+// LANES.
+static void attend(
+    long B, long T, long H, long L, long D, float scale, const float *qkv, uint16_t *keys, uint16_t *values,
+    const int64_t *positions, float *y)
+{
+#pragma omp for schedule(static)
+    for (long i = 0; i < B * T * H; i++) {
+        const long token = i / H, head = i % H, to = ((token / T * H + head) * L + positions[token]) * D;
+        const float *k = qkv + (token * 3 + 1) * H * D + head * D, *v = k + H * D;
         for (long d = 0; d < D; d += LANES) {
-            narrow(key + last * D + d, V(loadu_ps)(k + d));
-            narrow(value + last * D + d, V(loadu_ps)(v + d));
-            V(storeu_ps)(out + d, V(setzero_ps)());
+            narrow(keys + to + d, V(loadu_ps)(k + d));
+            narrow(values + to + d, V(loadu_ps)(v + d));
         }
-        for (long s = 0; s <= last; s += LANES, key += LANES * D, value += LANES * D) {
-            const long n = last + 1 - s < LANES ? last + 1 - s : LANES;
-            float score[LANES], before = largest;
-            const long ahead = 4 * LANES;
-            for (long byte = 0; s + ahead <= last && byte < LANES * D * 2; byte += 64) {
-                _mm_prefetch((char *)(key + ahead * D) + byte, _MM_HINT_T1);
-                _mm_prefetch((char *)(value + ahead * D) + byte, _MM_HINT_T1);
+    }
+    const long groups = (T + QUERIES - 1) / QUERIES;
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < B * H * groups; i++) {
+        const long row = i / groups / H, head = i / groups % H, begin = row * T + i % groups * QUERIES;
+        const long end = begin + QUERIES < (row + 1) * T ? begin + QUERIES : (row + 1) * T, last = positions[end - 1];
+        const uint16_t *key = keys + i / groups * L * D, *value = values + i / groups * L * D;
+        float largest[QUERIES], sum_of_weights[QUERIES], transposed[T > 1 ? D * KEYS : 1];
+        for (long token = begin; token < end; token++) {
+            largest[token - begin] = -INFINITY;
+            sum_of_weights[token - begin] = 0;
+            memset(y + (token * H + head) * D, 0, D * sizeof *y);
+        }
+        for (long s = 0; s <= last; s += KEYS, key += KEYS * D, value += KEYS * D) {
+            const long after = last + 1 - s - KEYS, ahead = after < 0 ? 0 : after < KEYS ? after : KEYS;
+            for (long byte = 0; byte < ahead * D * 2; byte += 64) {
+                _mm_prefetch((char *)(key + KEYS * D) + byte, _MM_HINT_T1);
+                _mm_prefetch((char *)(value + KEYS * D) + byte, _MM_HINT_T1);
             }
-            for (long j = 0; j < n; j++) {
-                Floats sum = V(setzero_ps)();
-                for (long d = 0; d < D; d += LANES) {
-                    Floats query = V(loadu_ps)(q + d);
-                    sum = V(fmadd_ps)(query, widen(key + j * D + d), sum);
-                }
-                score[j] = total(sum) * scale;
-                largest = score[j] > largest ? score[j] : largest;
-            }
-            for (long j = n; j < LANES; j++)
-                score[j] = -INFINITY;
-            Floats weights = exponential(V(sub_ps)(V(loadu_ps)(score), V(set1_ps)(largest)));
-            const float shrink = V(cvtss_f32)(exponential(V(set1_ps)(before - largest)));
-            V(storeu_ps)(score, weights);
-            sum_of_weights = sum_of_weights * shrink + total(weights);
-            for (long d = 0; d < D; d += LANES) {
-                Floats sum = V(mul_ps)(V(loadu_ps)(out + d), V(set1_ps)(shrink));
-                for (long j = 0; j < n; j++)
-                    sum = V(fmadd_ps)(V(set1_ps)(score[j]), widen(value + j * D + d), sum);
-                V(storeu_ps)(out + d, sum);
+            if (T > 1)
+                transpose(key, after < 0 ? KEYS + after : KEYS, D, transposed);
+            for (long token = begin; token < end; token++) {
+                const long left = positions[token] + 1 - s, n = left < KEYS ? left : KEYS, j = token - begin;
+                if (n > 0)
+                    attend_to_block(
+                        n, D, scale, qkv + token * 3 * H * D + head * D, key, T > 1 ? transposed : NULL, value,
+                        largest + j, sum_of_weights + j, y + (token * H + head) * D);
             }
         }
-        for (long d = 0; d < D; d += LANES)
-            V(storeu_ps)(out + d, V(div_ps)(V(loadu_ps)(out + d), V(set1_ps)(sum_of_weights)));
+        for (long token = begin; token < end; token++) {
+            float *out = y + (token * H + head) * D;
+            for (long d = 0; d < D; d += LANES)
+                V(storeu_ps)(out + d, V(div_ps)(V(loadu_ps)(out + d), V(set1_ps)(sum_of_weights[token - begin])));
+        }
     }
 }
 
@@ -495,29 +576,54 @@ typedef struct {
     float scale, epsilon;  // of the attention scores; of the norms
 } Block;
 
-// model.py's Block for one new token per row: x and y (B, C); C and the hidden width are multiples of 32. The rest as
-// in attend().
+// What a Block computes for each position by itself: here up to the queries, keys and values, in leave() the rest. To be
+// called by every thread of an OpenMP team. x (M, C), qkv (M, 3 C), room for `scratch`; C and the hidden width are
+// multiples of 32.
+static void enter(const Block *b, long M, const float *x, float *qkv, float *scratch)
+{
+    const long C = b->attn_out.N;
+    Input *room = (Input *)(scratch + SLAB * C);
+    for (long m = 0; m < M; m += SLAB, x += SLAB * C) {
+        const long rows = rows_of_slab(m, M);
+        if (!b->post_norm)
+            layer_norm(&b->ln_1, b->epsilon, rows, C, x, scratch);
+        multiply(&b->attn_in, STORE, rows, b->post_norm ? x : scratch, qkv + m * 3 * C, room);
+    }
+}
+
+// heads (M, C) is what attention gathered; y (M, C) holds the Block's input and gets its output.
+static void leave(const Block *b, long M, const float *heads, float *y, float *scratch)
+{
+    const long C = b->attn_out.N;
+    float *hidden = scratch + SLAB * C;
+    Input *room = (Input *)(hidden + SLAB * b->mlp_in.N);
+    for (long m = 0; m < M; m += SLAB, y += SLAB * C) {
+        const long rows = rows_of_slab(m, M);
+        float *in = b->post_norm ? y : scratch;  // of the MLP
+        multiply(&b->attn_out, ADD, rows, heads + m * C, y, room);
+        layer_norm(b->post_norm ? &b->ln_1 : &b->ln_2, b->epsilon, rows, C, y, in);
+        multiply(&b->mlp_in, GELU, rows, in, hidden, room);
+        multiply(&b->mlp_out, ADD, rows, hidden, y, room);
+        if (b->post_norm)
+            layer_norm(&b->ln_2, b->epsilon, rows, C, y, y);
+    }
+}
+
+// model.py's Block for T new tokens per row: x and y (B, T, C). The rest as in attend().
 void block(
-    const Block *b, long B, long L, const float *x, uint16_t *keys, uint16_t *values, const int64_t *seen, float *y)
+    const Block *b, long B, long T, long L, const float *x, uint16_t *keys, uint16_t *values, const int64_t *positions,
+    float *y)
 {
     const long C = b->attn_out.N, H = b->n_head, wide = b->mlp_in.N > C ? b->mlp_in.N : C;
-    float *normed = malloc(B * (5 * C + b->mlp_in.N + ROUNDED * wide) * sizeof(float));
-    float *qkv = normed + B * C, *heads = qkv + 3 * B * C, *hidden = heads + B * C;
-    Input *room = (Input *)(hidden + B * b->mlp_in.N);
-    float *in = b->post_norm ? y : normed;  // input of the attention and of the MLP
-    memcpy(y, x, B * C * sizeof(float));
+    float *scratch = malloc(SLAB * (C + b->mlp_in.N + ROUNDED * wide) * sizeof *scratch);
+    float *qkv = malloc(4 * B * T * C * sizeof *qkv), *heads = qkv + 3 * B * T * C;
+    memcpy(y, x, B * T * C * sizeof *y);
 #pragma omp parallel
     {
-        if (!b->post_norm)
-            layer_norm(&b->ln_1, b->epsilon, B, C, y, in);
-        multiply(&b->attn_in, STORE, B, in, qkv, room);
-        attend(B, H, L, C / H, b->scale, qkv, keys, values, seen, heads);
-        multiply(&b->attn_out, ADD, B, heads, y, room);
-        layer_norm(b->post_norm ? &b->ln_1 : &b->ln_2, b->epsilon, B, C, y, in);
-        multiply(&b->mlp_in, GELU, B, in, hidden, room);
-        multiply(&b->mlp_out, ADD, B, hidden, y, room);
-        if (b->post_norm)
-            layer_norm(&b->ln_2, b->epsilon, B, C, y, y);
+        enter(b, B * T, x, qkv, scratch);
+        attend(B, T, H, L, C / H, b->scale, qkv, keys, values, positions, heads);
+        leave(b, B * T, heads, y, scratch);
     }
-    free(normed);
+    free(qkv);
+    free(scratch);
 }
