@@ -106,18 +106,30 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values in one product
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.attention = causal_attention  # may be replaced by an equivalent function
 
     def forward(self, x: Tensor, cache: "CacheView | None" = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, n_head, T, head_dim) each
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         if cache is None:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=self.scale)
+            y = self.attention(qkv, self.scale, self.dropout if self.training else 0.0)
         else:
-            y = cache.attend(self.layer, q, k, v, self.scale)
-        y = y.transpose(1, 2).reshape(B, T, C)  # (B, T, n_embd)
-        return self.resid_dropout(self.c_proj(y))
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_dim) each
+            y = cache.attend(self.layer, q, k, v, self.scale).transpose(1, 2)  # (B, T, n_head, head_dim)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, C)))
+
+
+def causal_attention(qkv: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
+    """What each position gathers from itself and those before, (B, T, n_head, head_dim).
+
+    Args:
+        qkv: queries, keys and values (B, T, 3, n_head, head_dim).
+        scale: of the scores.
+        dropout: the share of the weights to drop.
+    """
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_dim) each
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)
+    return y.transpose(1, 2)
 
 
 class MLP(nn.Module):

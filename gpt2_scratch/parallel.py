@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2_scratch.config import TrainConfig
 from gpt2_scratch.cpu.cross_entropy import lean_cross_entropy
-from gpt2_scratch.cpu.gelu import use_fast_gelu
+from gpt2_scratch.cpu.training import use_fast_functions
 from gpt2_scratch.device import autocast_to
 from gpt2_scratch.distributed import Runtime, all_gather
 from model import GPT
@@ -113,9 +113,9 @@ def wrap(model: GPT, cfg: TrainConfig, batch_size: int, dtype: torch.dtype, rt: 
 
 
 def use_cpu_functions(model: GPT) -> None:
-    """Replace loss and tanh GELU with our own equivalents, which are faster in uncompiled training on a CPU."""
+    """Replace loss, attention and tanh GELU by equivalents of ours that are faster in uncompiled training on a CPU."""
     model.cross_entropy = lean_cross_entropy
-    use_fast_gelu(model)
+    use_fast_functions(model)
 
 
 def warm_up(loss_fn: LossFunction, batch_size: int) -> Tensor:

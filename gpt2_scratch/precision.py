@@ -9,7 +9,7 @@ from torch import nn
 
 from gpt2_scratch.cpu.compiler import can_compile
 from gpt2_scratch.cpu.decode import PackedLinear, can_pack
-from gpt2_scratch.cpu.gelu import use_fast_gelu
+from gpt2_scratch.cpu.training import use_fast_functions
 from gpt2_scratch.device import autocast_to, shortest
 from gpt2_scratch.distributed import Runtime
 from model import Block, GPTConfig
@@ -71,7 +71,7 @@ def training(batch_size: int | str, config: GPTConfig, dtype: torch.dtype) -> fl
     block.to_empty(device="cpu").eval()  # dropout would draw random numbers
     for p in block.parameters():
         nn.init.constant_(p, 0.01)
-    use_fast_gelu(block)
+    use_fast_functions(block)
     x = torch.ones(B, T, config.n_embd, requires_grad=True)
 
     def step() -> None:
