@@ -75,14 +75,14 @@ void gelu_gradient_bfloat16(const uint16_t *x, const uint16_t *dy, uint16_t *dx,
 // this is). All arithmetic is float32's. Matrices are padded with zeros to whole tiles.
 
 #ifdef __AVX512F__
-enum { LANES = 16, ROWS = 8 };
+enum { LANES = 16, ROWS = 8, QUERIES = 32 };
 #else
-enum { LANES = 8, ROWS = 4 };
+enum { LANES = 8, ROWS = 6, QUERIES = 48 };
 #endif
-enum { COLUMNS = 2 * LANES, QUERIES = 32 };  // of a tile of ROWS, whose sums fit the registers; of a block
+enum { COLUMNS = 2 * LANES };  // of a tile of ROWS, whose sums fit the registers; ROWS and COLUMNS divide QUERIES
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-static inline long pad(long n) { return (n + QUERIES - 1) / QUERIES * QUERIES; }
+static inline long pad(long n, long to) { return (n + to - 1) / to * to; }
 
 // c (rows, columns) = a (rows, inner) b (inner, columns), added to c if `add`. An element of a is row_step further on
 // for each row, and inner_step for each column; rows of b and c are b_step and c_step long.
@@ -164,7 +164,7 @@ static float softmax(float *scores, long n, long keys, float scale)
 static void attention(
     int half, const void *qkv, void *y, float *log_sums, long B, long T, long H, long D, float scale)
 {
-    const long wide = pad(D), keys = pad(T), step = 3 * H * D, row = keys + LANES;  // unlike a power of two
+    const long wide = pad(D, COLUMNS), keys = pad(T, QUERIES), step = 3 * H * D, row = keys + LANES;  // unlike a power of two
 #pragma omp parallel
     {
         float *k = calloc(keys * (2 * wide) + wide * row + QUERIES * (2 * wide + row), sizeof *k), *v = k + keys * wide;
@@ -193,7 +193,7 @@ static void attention_gradient(
     int half, const void *qkv, const void *y, const float *log_sums, const void *dy, void *dqkv, long B, long T, long H,
     long D, float scale)
 {
-    const long wide = pad(D), keys = pad(T), step = 3 * H * D, row = keys + LANES;
+    const long wide = pad(D, COLUMNS), keys = pad(T, QUERIES), step = 3 * H * D, row = keys + LANES;
 #pragma omp parallel
     {
         float *k = calloc(keys * 4 * wide + 2 * wide * row + QUERIES * (4 * wide + 2 * row), sizeof *k);
