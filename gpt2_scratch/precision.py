@@ -63,9 +63,10 @@ def pick_dtype(
 
 
 def training(batch_size: int | str, config: GPTConfig, dtype: torch.dtype) -> float:
-    """Seconds that one block takes forward and backward on a CPU, for a batch of at most 256 tokens."""
+    """Seconds that one block takes forward and backward on a CPU: of some GFLOP, in sequences of at most 256 tokens."""
     T = min(config.block_size, 256)
-    B = 1 if batch_size == "auto" else min(int(batch_size), 256 // T)
+    sequence = 6 * 12 * config.n_embd**2 * T  # FLOP
+    B = 1 if batch_size == "auto" else min(int(batch_size), max(1, 2 * 10**9 // sequence))
     with torch.device("meta"):
         block = Block(config, 0)
     block.to_empty(device="cpu").eval()  # dropout would draw random numbers

@@ -113,7 +113,7 @@ static void product(
 }
 
 // Copies of x (T, D), whose rows are `step` apart, in float32; y has rows of y_step.
-static void read(int half, const void *x, long at, long step, long T, long D, float *y, long y_step)
+static void load_rows(int half, const void *x, long at, long step, long T, long D, float *y, long y_step)
 {
     for (long t = 0; t < T; t++)
         for (long d = 0; d < D; d++)
@@ -127,7 +127,7 @@ static void transpose(const float *x, long x_step, long T, long D, float *y, lon
             y[d * y_step + t] = x[t * x_step + d];
 }
 
-static void write(int half, const float *x, long x_step, long T, long D, void *y, long at, long step)
+static void store_rows(int half, const float *x, long x_step, long T, long D, void *y, long at, long step)
 {
     for (long t = 0; t < T; t++)
         for (long d = 0; d < D; d++)
@@ -172,17 +172,17 @@ static void attention(
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < B * H; i++) {
             const long at = i / H * T * step + i % H * D, to = i / H * T * H * D + i % H * D;
-            read(half, qkv, at + H * D, step, T, D, k, wide);
-            read(half, qkv, at + 2 * H * D, step, T, D, v, wide);
+            load_rows(half, qkv, at + H * D, step, T, D, k, wide);
+            load_rows(half, qkv, at + 2 * H * D, step, T, D, v, wide);
             transpose(k, wide, T, D, k_t, row);
             for (long t = 0; t < T; t += QUERIES) {
                 const long n = T - t < QUERIES ? T - t : QUERIES, seen = t + QUERIES;
-                read(half, qkv, at + t * step, step, n, D, q, wide);
+                load_rows(half, qkv, at + t * step, step, n, D, q, wide);
                 product(QUERIES, seen, D, q, wide, 1, k_t, row, weights, row, 0);
                 for (long r = 0; r < n; r++)
                     log_sums[i * T + t + r] = softmax(weights + r * row, t + r + 1, seen, scale);
                 product(QUERIES, wide, seen, weights, row, 1, v, wide, out, wide, 0);
-                write(half, out, wide, n, D, y, to + t * H * D, H * D);
+                store_rows(half, out, wide, n, D, y, to + t * H * D, H * D);
             }
         }
         free(k);
@@ -204,16 +204,16 @@ static void attention_gradient(
 #pragma omp for schedule(dynamic)
         for (long i = 0; i < B * H; i++) {
             const long at = i / H * T * step + i % H * D, to = i / H * T * H * D + i % H * D;
-            read(half, qkv, at + H * D, step, T, D, k, wide);
-            read(half, qkv, at + 2 * H * D, step, T, D, v, wide);
+            load_rows(half, qkv, at + H * D, step, T, D, k, wide);
+            load_rows(half, qkv, at + 2 * H * D, step, T, D, v, wide);
             transpose(k, wide, T, D, k_t, row);
             transpose(v, wide, T, D, v_t, row);
             memset(dk, 0, 2 * keys * wide * sizeof *dk);
             for (long t = 0; t < T; t += QUERIES) {
                 const long n = T - t < QUERIES ? T - t : QUERIES, seen = t + QUERIES;
-                read(half, qkv, at + t * step, step, n, D, q, wide);
-                read(half, y, to + t * H * D, H * D, n, D, out, wide);
-                read(half, dy, to + t * H * D, H * D, n, D, dout, wide);
+                load_rows(half, qkv, at + t * step, step, n, D, q, wide);
+                load_rows(half, y, to + t * H * D, H * D, n, D, out, wide);
+                load_rows(half, dy, to + t * H * D, H * D, n, D, dout, wide);
                 product(QUERIES, seen, D, q, wide, 1, k_t, row, weights, row, 0);
                 product(QUERIES, seen, D, dout, wide, 1, v_t, row, dscores, row, 0);
                 memset(weights + n * row, 0, (QUERIES - n) * row * sizeof *weights);
@@ -231,10 +231,10 @@ static void attention_gradient(
                 product(QUERIES, wide, seen, dscores, row, 1, k, wide, dq, wide, 0);
                 product(seen, wide, QUERIES, weights, 1, row, dout, wide, dv, wide, 1);
                 product(seen, wide, QUERIES, dscores, 1, row, q, wide, dk, wide, 1);
-                write(half, dq, wide, n, D, dqkv, at + t * step, step);
+                store_rows(half, dq, wide, n, D, dqkv, at + t * step, step);
             }
-            write(half, dk, wide, T, D, dqkv, at + H * D, step);
-            write(half, dv, wide, T, D, dqkv, at + 2 * H * D, step);
+            store_rows(half, dk, wide, T, D, dqkv, at + H * D, step);
+            store_rows(half, dv, wide, T, D, dqkv, at + 2 * H * D, step);
         }
         free(k);
     }
