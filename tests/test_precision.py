@@ -15,7 +15,7 @@ from gpt2_scratch.cpu.decode import can_pack
 from gpt2_scratch.distributed import Runtime
 from gpt2_scratch.precision import pick_dtype
 from gpt2_scratch.tokenizer import load_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 
 CPU = torch.device("cpu")
 SMALL = GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
@@ -89,6 +89,27 @@ def test_measurements_run_the_network_and_leave_random_numbers_alone(config: GPT
         if dtype == torch.float32 or can_pack():
             assert 0 < precision.decoding(config, dtype) < 60
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("config", "batch_size", "shape"),
+    [
+        ({"n_embd": 96, "block_size": 128}, 16, (16, 128, 96)),
+        ({"n_embd": 96, "block_size": 128}, 1000, (23, 128, 96)),
+        ({}, 32, (1, 256, 768)),
+        ({"n_embd": 96, "block_size": 128}, "auto", (1, 128, 96)),
+    ],
+)
+def test_a_network_is_measured_on_a_batch_of_its_own_if_that_takes_no_time(
+    config: dict, batch_size: int | str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sequences of a narrow one say that bfloat16 is slow, where 16 of them are faster in it."""
+    shapes: list[tuple[int, ...]] = []
+    forward = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda block, x: shapes.append(tuple(x.shape)) or forward(block, x))
+    monkeypatch.setattr(precision, "shortest", lambda run: run() or 1.0)
+    precision.training(batch_size, GPTConfig(n_layer=1, n_head=4, **config), torch.float32)
+    assert shapes == [shape]
 
 
 def test_a_run_keeps_the_dtype_it_began_with(workplace: Path, times: dict, capsys: pytest.CaptureFixture) -> None:
