@@ -315,7 +315,7 @@ static inline __attribute__((always_inline)) void products(
 }
 
 // Rows to multiply by all of a matrix before the next, so that they stay in the second-level cache.
-enum { SLAB = 64 };
+enum { SLAB = ROUNDED ? 128 : 64 };
 
 static inline long rows_of_slab(long m, long M)
 {
