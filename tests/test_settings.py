@@ -323,7 +323,8 @@ def test_dropout_is_the_share_of_zeros_in_training_alone(workplace: Path, monkey
         run(dropout=0.3, max_steps=2, total_batch_size=1024, batch_size=64, **evaluated)
     # Of the embeddings, and of a block's attention and MLP, in each of two steps.
     assert shares[True] == pytest.approx([0.3] * 6, abs=0.02)
-    assert set(shares[False]) == {0.0} and attention == {True: {0.3}, False: {0.0}}
+    assert set(shares[False]) == {0.0}
+    assert attention[True] == {0.3} and attention[False] <= {0.0}  # where nothing is dropped, it may be computed in C
 
 
 def test_dropout_is_drawn_anew_for_each_step_and_seed(workplace: Path) -> None:
