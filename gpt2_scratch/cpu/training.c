@@ -82,11 +82,14 @@ enum { LANES = 8, ROWS = 6, QUERIES = 48 };
 enum { COLUMNS = 2 * LANES };  // of a tile of ROWS, whose sums fit the registers; ROWS and COLUMNS divide QUERIES
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+// Inlined for each dtype and use, these take the compiler twice as long and gain nothing.
+#define ONCE static __attribute__((noinline))
+
 static inline long pad(long n, long to) { return (n + to - 1) / to * to; }
 
 // c (rows, columns) = a (rows, inner) b (inner, columns), added to c if `add`. An element of a is row_step further on
 // for each row, and inner_step for each column; rows of b and c are b_step and c_step long.
-static void product(
+ONCE void product(
     long rows, long columns, long inner, const float *a, long row_step, long inner_step, const float *b, long b_step,
     float *c, long c_step, int add)
 {
@@ -113,21 +116,21 @@ static void product(
 }
 
 // Copies of x (T, D), whose rows are `step` apart, in float32; y has rows of y_step.
-static void load_rows(int half, const void *x, long at, long step, long T, long D, float *y, long y_step)
+ONCE void load_rows(int half, const void *x, long at, long step, long T, long D, float *y, long y_step)
 {
     for (long t = 0; t < T; t++)
         for (long d = 0; d < D; d++)
             y[t * y_step + d] = half ? widen(((uint16_t *)x)[at + t * step + d]) : ((float *)x)[at + t * step + d];
 }
 
-static void transpose(const float *x, long x_step, long T, long D, float *y, long y_step)
+ONCE void transpose(const float *x, long x_step, long T, long D, float *y, long y_step)
 {
     for (long t = 0; t < T; t++)
         for (long d = 0; d < D; d++)
             y[d * y_step + t] = x[t * x_step + d];
 }
 
-static void store_rows(int half, const float *x, long x_step, long T, long D, void *y, long at, long step)
+ONCE void store_rows(int half, const float *x, long x_step, long T, long D, void *y, long at, long step)
 {
     for (long t = 0; t < T; t++)
         for (long d = 0; d < D; d++)
@@ -138,7 +141,7 @@ static void store_rows(int half, const float *x, long x_step, long T, long D, vo
 }
 
 // Turns the first n of `keys` scores into weights and the others into 0; returns the logarithm of their sum.
-static float softmax(float *scores, long n, long keys, float scale)
+ONCE float softmax(float *scores, long n, long keys, float scale)
 {
     float most[LANES], sums[LANES] = {0}, largest = -INFINITY, sum = 0;
     for (long j = n; j < keys; j++)
@@ -161,7 +164,7 @@ static float softmax(float *scores, long n, long keys, float scale)
 }
 
 // qkv (B, T, 3, H, D) and y (B, T, H, D) in bfloat16 if `half`, else float32; log_sums (B, H, T) for the gradient.
-static void attention(
+ONCE void attention(
     int half, const void *qkv, void *y, float *log_sums, long B, long T, long H, long D, float scale)
 {
     const long wide = pad(D, COLUMNS), keys = pad(T, QUERIES), step = 3 * H * D, row = keys + LANES;  // unlike a power of two
@@ -189,7 +192,7 @@ static void attention(
     }
 }
 
-static void attention_gradient(
+ONCE void attention_gradient(
     int half, const void *qkv, const void *y, const float *log_sums, const void *dy, void *dqkv, long B, long T, long H,
     long D, float scale)
 {
