@@ -491,8 +491,8 @@ static inline void attend_to_block(
 }
 
 // Stores the keys and values of new tokens, then attends with each query to all tokens up to its own.
-// qkv (B, T, 3, H, D); keys, values (B, H, L, D); positions (B, T) of the new tokens; y (B, T, H, D); D is a multiple of
-// LANES.
+// qkv (B, T, 3, H, D); keys, values (B, H, L, D); positions (B, T) of the new tokens; y (B, T, H, D); D is a multiple
+// of LANES.
 static void attend(
     long B, long T, long H, long L, long D, float scale, const float *qkv, uint16_t *keys, uint16_t *values,
     const int64_t *positions, float *y)
@@ -576,9 +576,9 @@ typedef struct {
     float scale, epsilon;  // of the attention scores; of the norms
 } Block;
 
-// What a Block computes for each position by itself: here up to the queries, keys and values, in leave() the rest. To be
-// called by every thread of an OpenMP team. x (M, C), qkv (M, 3 C), room for `scratch`; C and the hidden width are
-// multiples of 32.
+// What a Block computes for each position by itself: here up to the queries, keys and values, in leave() the rest. Both
+// are called by every thread of an OpenMP team. x (M, C), qkv (M, 3 C); `scratch` as block() allocates it; C and the
+// hidden width are multiples of 32.
 static void enter(const Block *b, long M, const float *x, float *qkv, float *scratch)
 {
     const long C = b->attn_out.N;

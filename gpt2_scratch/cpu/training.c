@@ -82,7 +82,7 @@ enum { LANES = 8, ROWS = 6, QUERIES = 48 };
 enum { COLUMNS = 2 * LANES };  // of a tile of ROWS, whose sums fit the registers; ROWS and COLUMNS divide QUERIES
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-// Inlined for each dtype and use, these take the compiler twice as long and gain nothing.
+// Inlined wherever they are called, these take the compiler twice as long and gain nothing.
 #define ONCE static __attribute__((noinline))
 
 static inline long pad(long n, long to) { return (n + to - 1) / to * to; }
@@ -164,10 +164,10 @@ ONCE float softmax(float *scores, long n, long keys, float scale)
 }
 
 // qkv (B, T, 3, H, D) and y (B, T, H, D) in bfloat16 if `half`, else float32; log_sums (B, H, T) for the gradient.
-ONCE void attention(
-    int half, const void *qkv, void *y, float *log_sums, long B, long T, long H, long D, float scale)
+void attention(long half, const void *qkv, void *y, float *log_sums, long B, long T, long H, long D, float scale)
 {
-    const long wide = pad(D, COLUMNS), keys = pad(T, QUERIES), step = 3 * H * D, row = keys + LANES;  // unlike a power of two
+    // Rows of a power of two would share few sets of the cache.
+    const long wide = pad(D, COLUMNS), keys = pad(T, QUERIES), step = 3 * H * D, row = keys + LANES;
 #pragma omp parallel
     {
         float *k = calloc(keys * (2 * wide) + wide * row + QUERIES * (2 * wide + row), sizeof *k), *v = k + keys * wide;
@@ -192,8 +192,8 @@ ONCE void attention(
     }
 }
 
-ONCE void attention_gradient(
-    int half, const void *qkv, const void *y, const float *log_sums, const void *dy, void *dqkv, long B, long T, long H,
+void attention_gradient(
+    long half, const void *qkv, const void *y, const float *log_sums, const void *dy, void *dqkv, long B, long T, long H,
     long D, float scale)
 {
     const long wide = pad(D, COLUMNS), keys = pad(T, QUERIES), step = 3 * H * D, row = keys + LANES;
@@ -241,28 +241,4 @@ ONCE void attention_gradient(
         }
         free(k);
     }
-}
-
-void attention_float32(const void *qkv, void *y, float *log_sums, long B, long T, long H, long D, float scale)
-{
-    attention(0, qkv, y, log_sums, B, T, H, D, scale);
-}
-
-void attention_gradient_float32(
-    const void *qkv, const void *y, const float *log_sums, const void *dy, void *dqkv, long B, long T, long H, long D,
-    float scale)
-{
-    attention_gradient(0, qkv, y, log_sums, dy, dqkv, B, T, H, D, scale);
-}
-
-void attention_bfloat16(const void *qkv, void *y, float *log_sums, long B, long T, long H, long D, float scale)
-{
-    attention(1, qkv, y, log_sums, B, T, H, D, scale);
-}
-
-void attention_gradient_bfloat16(
-    const void *qkv, const void *y, const float *log_sums, const void *dy, void *dqkv, long B, long T, long H, long D,
-    float scale)
-{
-    attention_gradient(1, qkv, y, log_sums, dy, dqkv, B, T, H, D, scale);
 }

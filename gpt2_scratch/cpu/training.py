@@ -24,7 +24,7 @@ def fast_gelu(x: Tensor) -> Tensor:
 
 def fast_attention(qkv: Tensor, scale: float, dropout: float = 0.0) -> Tensor:
     """`model.causal_attention`: training.c's without dropout, for float32 and bfloat16, if it compiles."""
-    if dropout or kernel("attention", qkv.dtype) is None:
+    if dropout or library() is None or qkv.dtype not in (torch.float32, torch.bfloat16):
         return causal_attention(qkv, scale, dropout)
     return _Attention.apply(qkv, scale)
 
@@ -48,17 +48,15 @@ def kernel(name: str, dtype: torch.dtype) -> Any:
     return getattr(library(), f"{name}_{str(dtype).removeprefix('torch.')}", None)
 
 
-def call(name: str, *arguments: Tensor | float) -> None:
-    """Call the function of training.c for the dtype of the first argument; tensors are contiguous, ints are longs."""
+def call(function: Any, *arguments: Tensor | float) -> None:
+    """Call a function of training.c: with contiguous tensors by their addresses, and ints as longs."""
     values: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor):
             values.append(ctypes.c_void_p(argument.data_ptr()))
         else:
             values.append(ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_long(argument))
-    first = arguments[0]
-    assert isinstance(first, Tensor)
-    kernel(name, first.dtype)(*values)
+    function(*values)
 
 
 class _Gelu(torch.autograd.Function):
@@ -67,7 +65,7 @@ class _Gelu(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x)
         y = torch.empty_like(x)
-        call("gelu", x, y, x.numel())
+        call(kernel("gelu", x.dtype), x, y, x.numel())
         return y
 
     @staticmethod
@@ -75,7 +73,7 @@ class _Gelu(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         dx = torch.empty_like(x)
-        call("gelu_gradient", x, dy.contiguous(), dx, x.numel())
+        call(kernel("gelu_gradient", x.dtype), x, dy.contiguous(), dx, x.numel())
         return dx
 
 
@@ -88,7 +86,7 @@ class _Attention(torch.autograd.Function):
         log_sums = torch.empty(B, n_head, T)  # of the exponentials of a query's scores
         ctx.shape = (B, T, n_head, head_dim, scale)
         ctx.save_for_backward(qkv, y, log_sums)
-        call("attention", qkv, y, log_sums, *ctx.shape)
+        call(library().attention, qkv.dtype == torch.bfloat16, qkv, y, log_sums, *ctx.shape)
         return y
 
     @staticmethod
@@ -96,5 +94,6 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         qkv, y, log_sums = ctx.saved_tensors
         dqkv = torch.empty_like(qkv)
-        call("attention_gradient", qkv, y, log_sums, dy.contiguous(), dqkv, *ctx.shape)
+        half = qkv.dtype == torch.bfloat16
+        call(library().attention_gradient, half, qkv, y, log_sums, dy.contiguous(), dqkv, *ctx.shape)
         return dqkv, None
