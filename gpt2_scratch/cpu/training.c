@@ -193,8 +193,8 @@ void attention(long half, const void *qkv, void *y, float *log_sums, long B, lon
 }
 
 void attention_gradient(
-    long half, const void *qkv, const void *y, const float *log_sums, const void *dy, void *dqkv, long B, long T, long H,
-    long D, float scale)
+    long half, const void *qkv, const void *y, const float *log_sums, const void *dy, void *dqkv, long B, long T,
+    long H, long D, float scale)
 {
     const long wide = pad(D, COLUMNS), keys = pad(T, QUERIES), step = 3 * H * D, row = keys + LANES;
 #pragma omp parallel
